@@ -1,0 +1,47 @@
+"""The protocol every audio tokenizer follows: waveform <-> latents."""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+from torch import Tensor
+
+
+class AudioTokenizer(Protocol):
+    """Turn waveforms into a sequence of continuous latents, and back.
+
+    Latents come in time columns of `tokens_per_column`, low frequencies first, so a clip of N
+    latents lasts N / tokens_per_column columns of `samples_per_column` samples each.
+    """
+
+    name: str  # the key in `TOKENIZERS`
+    sample_rate: int  # Hz
+    hop_length: int  # samples per spectrogram frame
+    latent_dim: int  # D
+    tokens_per_column: int  # latents that share one time column
+    samples_per_column: int  # samples of one time column
+    decode_context: int  # columns of context on each side that a chunked decode needs
+
+    @property
+    def fingerprint(self) -> str:
+        """Short hash of everything that changes latents: settings and weights."""
+
+    def encode(self, waveforms: Tensor) -> Tensor:
+        """Encode (B, S) float32 waveforms to (B, N, D) float32 latents.
+
+        S is zero-padded to a whole number of columns. The level is taken as it is: `prepare`
+        normalises with `wav.normalize_level` beforehand.
+        """
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decode (B, N, D) latents to (B, N / tokens_per_column * samples_per_column) samples.
+
+        Raises:
+            ValueError: if N is not a whole number of columns.
+        """
+
+
+def num_columns(tokenizer: AudioTokenizer, num_samples: int) -> int:
+    """Count the columns that `num_samples` samples fill, the last one padded; at least one."""
+    return max(1, math.ceil(num_samples / tokenizer.samples_per_column))

@@ -1,0 +1,66 @@
+"""The shape legend, and the frozen values that cross packages.
+
+Shape legend, used in every docstring and trailing comment:
+
+    B  rows of a batch                 H  hidden width of the language model
+    T  positions of a row              D  channels of one latent (128)
+    S  waveform samples                Z  width of the head's condition (= H)
+    F  spectrogram frames              N  latents (audio tokens) of one clip
+    C  time columns of a clip          M  audio tokens in the whole batch
+    R  rows being decoded              P  sequence elements that predict a latent or the end
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """An interleaved batch: text ids beside continuous latents.
+
+    Each audio token carries two integers: the *content position* of the latent it holds and the
+    *target position* it must predict. The model does not know why those were chosen: next-token
+    prediction, masked next-token prediction and generation differ only in these two.
+    """
+
+    input_ids: Tensor  # (B, T) int64, `<|audio|>` marks the place of a latent
+    position_ids: Tensor  # (B, T) int64, keep the gaps of dropped tokens
+    is_prompt: Tensor  # (B, T) bool, text and prompt embeddings: what `unconditional` replaces
+    is_audio: Tensor  # (B, T) bool, elements that hold a latent; M are true
+    predicts: Tensor  # (B, T) bool, elements that predict a latent or the end; P are true
+    latents: Tensor  # (M, D) float, in row-major order of `is_audio`
+    content_positions: Tensor  # (M,) int64
+    target_positions: Tensor  # (P,) int64, in row-major order of `predicts`
+    target_latents: Tensor  # (P, D) float, zeros where `target_is_end`
+    target_is_end: Tensor  # (P,) bool, the target is `<|audio_end|>`
+    unconditional: Tensor  # (B,) bool, rows whose prompt is replaced by the null prompt
+    masking_ratio: float  # share of latents dropped from each row
+    names: tuple[str, ...]  # (B,) where each row came from, for error messages
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Move every tensor to `device`."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in values.items()}
+        return Batch(**moved)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Losses:
+    """What one training step reports. Scalars unless a shape is given."""
+
+    total: Tensor  # what is differentiated
+    audio: Tensor  # mean head loss over predicted latents
+    end: Tensor  # weighted end-of-audio cross-entropy, 0 without that output
+    per_prediction: Tensor  # (P,) head loss, detached, NaN-safe input of the telemetry
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One piece of sound."""
+
+    waveform: Tensor  # (S,) float32, mono, nominally in [-1, 1]
+    sample_rate: int  # Hz
