@@ -12,7 +12,7 @@ Shape legend, used in every docstring and trailing comment:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -44,8 +44,9 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         """Move every tensor to `device`."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in values.items()}
-        return Batch(**moved)
+        return replace(
+            self, **{k: v.to(device) for k, v in values.items() if isinstance(v, Tensor)}
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from mllm_audio.diffusion.noise import Noise
+
+SamplerT = TypeVar("SamplerT", bound=Callable[..., Tensor])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +23,19 @@ class HeadConfig:
     num_blocks: int = 3  # AdaLN residual blocks
     batch_multiplier: int = 4  # noise draws per predicted latent in the loss
     num_train_timesteps: int = 1000  # ddpm: length of the noising chain
-    clamp_predicted: float | None = None  # guard: clamp of predicted clean latents, in stds; off in the paper
+    # ddpm: bound of the predicted clean latents, in standard deviations; None (the paper) is off
+    clamp_predicted: float | None = None
+
+    def __post_init__(self) -> None:
+        least = {"width": 1, "num_blocks": 1, "batch_multiplier": 1, "num_train_timesteps": 2}
+        for field, lowest in least.items():
+            if getattr(self, field) < lowest:
+                raise ValueError(f"head.{field} is {getattr(self, field)}; set at least {lowest}")
+        if self.clamp_predicted is not None and self.clamp_predicted <= 0:
+            raise ValueError(
+                f"head.clamp_predicted is {self.clamp_predicted}; set a positive number of "
+                "standard deviations, or None"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +46,14 @@ class SamplingConfig:
     num_inference_steps: int = 100  # head calls per latent (midpoint: two calls a step)
     guidance_scale: float = 1.0  # MAR's s: uncond + s * (cond - uncond); 1 is no guidance
     temperature: float = 1.0  # scales the standard deviation of the noise
+
+    def __post_init__(self) -> None:
+        if self.num_inference_steps < 1:
+            raise ValueError(
+                f"num_inference_steps is {self.num_inference_steps}; set at least 1 (ddpm: 2)"
+            )
+        if self.temperature < 0:
+            raise ValueError(f"temperature is {self.temperature}; set 0 or more")
 
 
 class Head(Protocol):
@@ -60,3 +83,25 @@ class Head(Protocol):
         `unconditional` is (R, Z), or None when `guidance_scale` is 1. `noise.draw(step)` gives
         the (R, D) standard normal of a sampling step; step 0 is the start of the chain.
         """
+
+
+def find_sampler(table: Mapping[str, SamplerT], name: str, head_name: str) -> SamplerT:
+    """Look up the sampler a head was asked to use.
+
+    Raises:
+        ValueError: if it is not among those in `table`, the ones this head can use.
+    """
+    if name not in table:
+        raise ValueError(
+            f"sampler is {name!r}, which head {head_name!r} cannot use; choose from "
+            f"{', '.join(table)}, or None for its default"
+        )
+    return table[name]
+
+
+def draw_normal(
+    shape: Sequence[int], device: torch.device, generator: torch.Generator | None
+) -> Tensor:
+    """Draw float32 standard normals of `shape` on `device`, wherever `generator` lives."""
+    source = device if generator is None else generator.device
+    return torch.randn(shape, generator=generator, device=source).to(device)

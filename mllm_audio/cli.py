@@ -1,0 +1,189 @@
+"""The command line: parse, call one function, print.
+
+A user's mistake is one line and exit code 2.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+# `import mllm_audio.cli` loads neither torch nor transformers: each command imports what it runs.
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="mllm-audio")
+def cli() -> None:
+    """Continuous-valued audio tokens as an output modality of a Hugging Face causal LM."""
+
+
+@cli.command()
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("runs/demo"), show_default=True
+)
+@click.option(
+    "--minutes",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Training time; the preset's by default.",
+)
+@click.option("--seed", type=int, default=0, show_default=True)
+def demo(out: Path, minutes: float | None, seed: int) -> None:
+    """Make soundscapes, train the tiny preset on them, generate, and write OUT/report.html."""
+    from mllm_audio.demo import run_demo
+
+    run_demo(out, minutes=minutes, seed=seed)
+
+
+@cli.command()
+@click.argument("manifest", type=click.Path(path_type=Path))
+@click.option(
+    "--out", type=click.Path(path_type=Path), required=True, help="Folder for the shards."
+)
+@click.option(
+    "--tokenizer", default="dct", show_default=True, help="dct, or audioldm:FOLDER_OR_HUB_ID."
+)
+@click.option("--max-seconds", type=float, default=10.24, show_default=True, help="Longest clip.")
+@click.option(
+    "--crop", default="head", show_default=True, help="Of longer files: head, random, or reject."
+)
+@click.option(
+    "--longest-file-seconds",
+    type=float,
+    default=3600.0,
+    show_default=True,
+    help="Longer files are rejected unread.",
+)
+@click.option(
+    "--validation-share",
+    type=float,
+    default=0.02,
+    show_default=True,
+    help="Where no row names a split.",
+)
+@click.option(
+    "--shard-size", type=int, default=512, show_default=True, help="Manifest rows per shard."
+)
+@click.option(
+    "--num-workers",
+    type=click.IntRange(min=0),
+    default=min(os.cpu_count() or 1, 8),
+    show_default=True,
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the random crops.")
+def prepare(manifest: Path, out: Path, **options: Any) -> None:
+    """Encode the recordings of MANIFEST (JSONL or CSV: audio, caption, split?) to latents.
+
+    Stopped at any moment, the same command continues. Files that cannot be used are named with
+    their reason in OUT/rejected.jsonl.
+    """
+    from mllm_audio.data.prepare import prepare as run_prepare
+
+    report = run_prepare(manifest, out, options.pop("tokenizer"), **options)
+    click.echo(str(report))
+
+
+@cli.command()
+@click.option("--preset", required=True, help="Name of a preset; `mllm-audio info NAME` shows one.")
+@click.option(
+    "--data", type=click.Path(path_type=Path), required=True, help="Folder that prepare wrote."
+)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the run.")
+@click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]...")
+def train(preset: str, data: Path, out: Path, overrides: tuple[str, ...]) -> None:
+    """Train a preset; the same command again resumes where it stopped."""
+    from mllm_audio.config import override
+    from mllm_audio.presets import get_preset
+    from mllm_audio.run import train_run
+
+    train_run(override(get_preset(preset), overrides), data, out)
+    click.echo(f'trained: type  mllm-audio generate {out} "YOUR CAPTION" --out sound.wav')
+
+
+@cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("captions", nargs=-1, required=True, metavar="CAPTION...")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="A .wav or .flac file for one caption, else a folder.",
+)
+@click.option("--seconds", type=float, help="Exact duration; by default the model decides.")
+@click.option("--num-inference-steps", type=int, help="Head calls per latent.")
+@click.option("--guidance-scale", type=float, help="MAR's s: 1 is no guidance.")
+@click.option("--guidance-weight", type=float, help="The paper's w = s - 1: 0 is no guidance.")
+@click.option("--temperature", type=float, help="Scales the sampling noise.")
+@click.option("--sampler", help="ddpm, euler or midpoint; the head's own by default.")
+@click.option(
+    "--seed",
+    type=int,
+    default=0,
+    show_default=True,
+    help="Of the first caption; the next has seed + 1.",
+)
+@click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True)
+def generate(
+    run: Path, captions: tuple[str, ...], out: Path, seed: int, batch_size: int, **options: Any
+) -> None:
+    """Generate one sound per CAPTION with the model in RUN."""
+    from mllm_audio.generation.voice import Voice
+    from mllm_audio.generation.write import generate_to_files, output_paths
+
+    paths = output_paths(out, len(captions))
+    if options["guidance_scale"] is not None and options["guidance_weight"] is not None:
+        raise ValueError(
+            "found both --guidance-scale and --guidance-weight, expected one: s = 1 + w"
+        )
+    voice = Voice.load(run)
+    given = {key: value for key, value in options.items() if value is not None}
+    if "guidance_scale" in given:
+        given["guidance_weight"] = None
+    generate_to_files(voice, captions, paths, replace(voice.defaults, **given), seed, batch_size)
+    for path in paths:
+        click.echo(path)
+
+
+@cli.command()
+@click.argument("name", metavar="RUN|PRESET")
+def info(name: str) -> None:
+    """Print the components of a run folder or preset and their parameter counts."""
+    from mllm_audio.info import describe
+
+    click.echo(describe(name))
+
+
+def main() -> None:
+    """Run the command line; the entry point of `mllm-audio`."""
+    try:
+        code = cli.main(standalone_mode=False)
+    except click.exceptions.Abort:
+        _fail("interrupted", 130)
+    except click.ClickException as error:
+        _fail(" ".join(error.format_message().split()) + _hint(error), 2)
+    except KeyboardInterrupt as error:
+        _fail(
+            f"interrupted {error}; type the same command again to continue".replace(" ;", ";"), 130
+        )
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        if os.environ.get("MLLM_AUDIO_TRACEBACK"):
+            traceback.print_exc()
+        _fail(" ".join(str(error).split()) or type(error).__name__, 2)
+    else:
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _hint(error: click.ClickException) -> str:
+    """Say which help to type after a usage error."""
+    context = getattr(error, "ctx", None)
+    return f" (type {context.command_path} --help)" if context else ""
+
+
+def _fail(message: str, code: int) -> None:
+    click.echo(f"error: {message}", err=True)
+    sys.exit(code)

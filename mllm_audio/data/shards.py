@@ -1,0 +1,333 @@
+"""Prepared sound on disk: latents in shards, captions beside them, one index.
+
+Layout of a folder that `prepare` writes:
+
+    index.json                 `ShardIndex`: what was asked for, then statistics, counts, checksums;
+                               `complete` is false while shards are missing
+    rejected.jsonl             {"audio", "reason", "line"} of each manifest row that was left out
+    shards/00000.safetensors   latents float16 (sum N, D), the clips of the shard one after another
+                               offsets int64 (n + 1), clip i is latents[offsets[i] : offsets[i + 1]]
+                               num_samples int64 (n), waveform samples of each clip before padding
+    shards/00000.jsonl         {"audio", "captions", "split", "extra"} of each clip, in that order
+    records/00000.json         what resuming needs to know about the shard; readers ignore it
+
+Shard k holds the clips of manifest rows k * shard_size to (k + 1) * shard_size, rejected ones left
+out. Paths in the index are relative to the folder. Checksums are SHA-256 of the whole file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from mllm_audio.config import from_dict, to_dict
+from mllm_audio.data.manifest import SPLITS, ManifestRow
+
+FORMAT_VERSION = 1
+CROPS = ("head", "random", "reject")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareSettings:
+    """What decides the contents of the shards, beside manifest and tokenizer."""
+
+    max_seconds: float = 10.24  # longest clip, seconds
+    crop: str = "head"  # of longer files keep the "head", a "random" part, or "reject" them
+    validation_share: float = 0.02  # of the training files, where no row names validation
+    seed: int = 0  # of the random crops
+    shard_size: int = 512  # manifest rows per shard
+    longest_file_seconds: float = 3600.0  # longer files are rejected unread: they must fit memory
+
+    def __post_init__(self) -> None:
+        for name in ("max_seconds", "longest_file_seconds"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} is {value}, expected a positive number of seconds")
+        if self.crop not in CROPS:
+            raise ValueError(f"crop is {self.crop!r}, expected one of {', '.join(CROPS)}")
+        if not 0 <= self.validation_share < 1:
+            raise ValueError(f"validation_share is {self.validation_share}, expected [0, 1)")
+        if self.shard_size < 1:
+            raise ValueError(f"shard_size is {self.shard_size}, expected at least 1 row")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerInfo:
+    """The tokenizer that made the latents."""
+
+    spec: str  # what `load_tokenizer` was given
+    fingerprint: str  # of its settings and weights
+    sample_rate: int  # Hz
+    latent_dim: int  # D
+    tokens_per_column: int  # latents that share one time column
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardInfo:
+    """One shard, as the index lists it."""
+
+    file: str  # relative path of the safetensors file; its rows have the suffix .jsonl
+    sha256: str  # of that file
+    rows_sha256: str  # of the rows beside it
+    num_clips: int  # n
+    num_tokens: int  # sum of N
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardIndex:
+    """`index.json`. The fields from `complete` on are filled in when the last shard is written."""
+
+    format_version: int = FORMAT_VERSION
+    manifest: str  # path as it was typed
+    manifest_sha256: str
+    num_rows: int  # of the manifest
+    tokenizer: TokenizerInfo
+    settings: PrepareSettings
+    complete: bool = False
+    latent_mean: tuple[float, ...] = ()  # (D,) of the stored train latents
+    latent_std: tuple[float, ...] = ()  # (D,) population deviation, 0 for a constant channel
+    counts: dict[str, int] = field(default_factory=dict)  # clips per split
+    num_rejected: int = 0  # rows named in rejected.jsonl
+    shards: tuple[ShardInfo, ...] = ()
+
+    @property
+    def latent_dim(self) -> int:
+        """Channels of one latent, D."""
+        return self.tokenizer.latent_dim
+
+    def command(self, folder: Path) -> str:
+        """Phrase the shell command that makes, continues or repairs `folder`."""
+        words = ["mllm-audio", "prepare", self.manifest, "--out", str(folder)]
+        words += ["--tokenizer", self.tokenizer.spec]
+        for option in fields(self.settings):
+            value = getattr(self.settings, option.name)
+            if value != option.default:
+                words += ["--" + option.name.replace("_", "-"), str(value)]
+        return shlex.join(words)
+
+
+class ShardReader:
+    """Read latents of one shard through a memory map, opened at the first read.
+
+    It can be pickled: each process of a data loader maps the file again.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @cached_property
+    def _tensors(self) -> Any:
+        return safe_open(self.path, framework="pt")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path}
+
+    def read(self, name: str) -> list[int]:
+        """Read one of the small tensors, `offsets` or `num_samples`."""
+        return self._tensors.get_tensor(name).tolist()
+
+    def latents(self, start: int, stop: int) -> Tensor:
+        """Read latents `start` to `stop` of the shard: (stop - start, D) float32."""
+        return self._tensors.get_slice("latents")[start:stop].float()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreparedClip:
+    """One clip of a prepared folder. Its latents stay on disk until they are asked for."""
+
+    name: str  # audio path as the manifest writes it
+    captions: tuple[str, ...]  # the caption, then its alternative wordings
+    split: str  # one of SPLITS
+    extra: dict[str, str]  # other columns of the manifest
+    num_samples: int  # waveform samples before padding
+    num_tokens: int  # N
+    reader: ShardReader
+    start: int  # of its latents in the shard
+
+    def latents(self) -> Tensor:
+        """Read the clip's latents: (N, D) float32, as the tokenizer made them."""
+        return self.reader.latents(self.start, self.start + self.num_tokens)
+
+
+def read_index(folder: Path | str, *, allow_incomplete: bool = False) -> ShardIndex:
+    """Read `folder/index.json`.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it is damaged, of another format version, or (unless allowed) not complete.
+    """
+    path = Path(folder) / "index.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} holds no index.json, expected a prepared folder; make one with "
+            f"`mllm-audio prepare MANIFEST --out {folder}`"
+        )
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        version = values["format_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error!r}); delete {folder} and prepare it again"
+        ) from error
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format_version {version}, expected {FORMAT_VERSION}; prepare the "
+            "manifest again into a new folder"
+        )
+    try:
+        index: ShardIndex = from_dict(ShardIndex, values, str(path))
+    except (TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}); delete {folder} and prepare it again"
+        ) from error
+    if not (index.complete or allow_incomplete):
+        raise ValueError(
+            f"{folder} is not complete; finish it with `{index.command(Path(folder))}`"
+        )
+    return index
+
+
+def load_split(folder: Path | str, split: str, *, verify: bool = True) -> list[PreparedClip]:
+    """List the clips of one split, perhaps none, latents left on disk.
+
+    Args:
+        folder: a complete prepared folder.
+        split: one of SPLITS.
+        verify: compare the checksum of every file first; reads the whole folder once.
+
+    Raises:
+        ValueError: if the folder is incomplete, a file is damaged, or there is no such split.
+    """
+    folder = Path(folder)
+    index = read_index(folder)
+    if split not in SPLITS:
+        raise ValueError(f"split is {split!r}, expected one of {', '.join(SPLITS)}")
+    clips: list[PreparedClip] = []
+    for shard in index.shards:
+        damaged = find_damage(folder, shard) if verify else None
+        if damaged is not None:
+            raise ValueError(
+                f"{damaged} is missing or differs from its checksum in index.json; repair it with "
+                f"`{index.command(folder)}`"
+            )
+        clips += [clip for clip in _read_shard(folder / shard.file) if clip.split == split]
+    return clips
+
+
+def _read_shard(path: Path) -> list[PreparedClip]:
+    reader = ShardReader(path)
+    offsets, num_samples = reader.read("offsets"), reader.read("num_samples")
+    with path.with_suffix(".jsonl").open(encoding="utf-8") as file:
+        return [
+            PreparedClip(
+                name=row["audio"],
+                captions=tuple(row["captions"]),
+                split=row["split"],
+                extra=row["extra"],
+                num_samples=num_samples[i],
+                num_tokens=offsets[i + 1] - offsets[i],
+                reader=reader,
+                start=offsets[i],
+            )
+            for i, row in enumerate(map(json.loads, file))
+        ]
+
+
+def write_shard(
+    folder: Path,
+    number: int,
+    rows: Sequence[ManifestRow],
+    latents: Sequence[Tensor],
+    num_samples: Sequence[int],
+    latent_dim: int,
+) -> ShardInfo:
+    """Write shard `number`: for each row its (N, D) float16 latents and its waveform length."""
+    lengths = torch.tensor([0, *(len(clip) for clip in latents)])
+    tensors = {
+        "latents": torch.cat([torch.empty(0, latent_dim, dtype=torch.float16), *latents]),
+        "offsets": lengths.cumsum(0),
+        "num_samples": torch.tensor(num_samples, dtype=torch.int64),
+    }
+    texts = [
+        {"audio": row.audio, "captions": row.captions, "split": row.split, "extra": row.extra}
+        for row in rows
+    ]
+    file = f"shards/{number:05d}.safetensors"
+    data, lines = save(tensors), encode_lines(texts)
+    write_atomic(folder / file, data)
+    write_atomic((folder / file).with_suffix(".jsonl"), lines)
+    return ShardInfo(
+        file=file,
+        sha256=hashlib.sha256(data).hexdigest(),
+        rows_sha256=hashlib.sha256(lines).hexdigest(),
+        num_clips=len(rows),
+        num_tokens=len(tensors["latents"]),
+    )
+
+
+def write_index(folder: Path, index: ShardIndex) -> None:
+    """Write `folder/index.json`."""
+    write_atomic(folder / "index.json", json.dumps(to_dict(index), indent=2).encode() + b"\n")
+
+
+def find_damage(folder: Path, shard: ShardInfo) -> Path | None:
+    """Return the first file of the shard that is missing or differs from its checksum."""
+    path = folder / shard.file
+    expected = {path: shard.sha256, path.with_suffix(".jsonl"): shard.rows_sha256}
+    for file, sha256 in expected.items():
+        if not file.is_file() or file_sha256(file) != sha256:
+            return file
+    return None
+
+
+def file_sha256(path: Path) -> str:
+    """Hash a file of any size, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def encode_lines(values: Sequence[dict[str, Any]]) -> bytes:
+    """Turn dicts into JSON lines, UTF-8."""
+    return "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values).encode()
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file so that a crash leaves the old one, the new one or none, never a part of it.
+
+    Raises:
+        OSError: if the disk is full or refuses; nothing is left behind.
+    """
+    # A fixed name: what a killed run leaves is overwritten by the run that continues it.
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        # The rename itself is durable only when the folder has reached the disk.
+        descriptor = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(
+            error.errno,
+            f"cannot write {path} ({error.strerror}); free space or fix permissions and run the "
+            "same command again, finished shards are kept",
+        ) from error

@@ -1,0 +1,115 @@
+"""Samplers: pure functions from noise to latents, driven by a network given as a closure.
+
+Each calls `predict(noisy, timesteps)`, with (R, D) float32 and a (1,) that holds for all rows,
+and `draw(step)` for the (R, D) standard normal of a step; step 0 starts the chain.
+Nothing here reads a value back from the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from mllm_audio.diffusion.schedule import Schedule
+
+Predict = Callable[[Tensor, Tensor], Tensor]
+Draw = Callable[[int], Tensor]
+
+
+def guided(conditional: Tensor, unconditional: Tensor, guidance_scale: float) -> Tensor:
+    """Push a prediction away from the unconditional one; shapes are kept.
+
+    MAR's convention (Li et al. 2024, arXiv:2406.11838): 1 is no guidance, 0 is unconditional.
+    Papers that write `conditional + w * (conditional - unconditional)` mean w = scale - 1.
+    """
+    return unconditional + guidance_scale * (conditional - unconditional)
+
+
+def ddpm_step(
+    schedule: Schedule,
+    index: int,
+    noisy: Tensor,
+    output: Tensor,
+    noise: Tensor,
+    temperature: float = 1.0,
+    clamp_predicted: float | None = None,
+) -> Tensor:
+    """Move (R, D) noisy latents one step down the chain; returns (R, D).
+
+    Ho et al. 2020, algorithm 2, with the learned variance of Nichol & Dhariwal 2021, eq. 15.
+
+    Args:
+        schedule: the respaced chain.
+        index: where `noisy` stands on it; 0 gives clean latents and adds no noise.
+        noisy: (R, D) float32.
+        output: (R, 2D), predicted noise, then the interpolation weights of the variance.
+        noise: (R, D) standard normal.
+        temperature: scales the standard deviation of the added noise, nothing else.
+        clamp_predicted: bound of the predicted clean latents, or None.
+    """
+    noise_pred, variance_output = output.chunk(2, dim=-1)  # (R, D) each
+    clean = schedule.predict_clean(noisy, noise_pred, index)
+    if clamp_predicted is not None:
+        clean = clean.clamp(-clamp_predicted, clamp_predicted)
+    mean = schedule.posterior_mean(clean, noisy, index)
+    if index == 0:
+        return mean
+    deviation = (schedule.log_variance(variance_output, index) / 2).exp()
+    return mean + temperature * deviation * noise
+
+
+def ddpm(
+    predict: Predict,
+    draw: Draw,
+    schedule: Schedule,
+    temperature: float = 1.0,
+    clamp_predicted: float | None = None,
+) -> Tensor:
+    """Run the whole chain of `ddpm_step`; returns (R, D) float32 latents.
+
+    `predict` gets timesteps of the training chain and returns (R, 2D). The first step multiplies
+    an error of the predicted noise by several hundred: clamp when the network is not trained out.
+    """
+    noisy = draw(0).float()  # (R, D)
+    for step, index in enumerate(reversed(range(len(schedule))), start=1):
+        output = predict(noisy, schedule.timesteps[index : index + 1]).float()  # (R, 2D)
+        # The last step adds no noise, so none is drawn for it.
+        noise = draw(step).float() if index else noisy
+        noisy = ddpm_step(schedule, index, noisy, output, noise, temperature, clamp_predicted)
+    return noisy
+
+
+def euler(
+    predict: Predict, draw: Draw, num_inference_steps: int, temperature: float = 1.0
+) -> Tensor:
+    """Integrate a velocity from noise at time 0 to latents at 1; returns (R, D) float32.
+
+    First order, one call a step. `predict` gets times in [0, 1) and returns (R, D).
+    `temperature` scales the starting noise, the only noise there is.
+    """
+    latents = temperature * draw(0).float()  # (R, D)
+    times = torch.arange(num_inference_steps, device=latents.device) / num_inference_steps
+    for time in times.split(1):
+        latents = latents + predict(latents, time).float() / num_inference_steps
+    return latents
+
+
+def midpoint(
+    predict: Predict, draw: Draw, num_inference_steps: int, temperature: float = 1.0
+) -> Tensor:
+    """Integrate like `euler`, to second order, with two calls a step."""
+    latents = temperature * draw(0).float()  # (R, D)
+    half = 0.5 / num_inference_steps
+    times = torch.arange(num_inference_steps, device=latents.device) / num_inference_steps
+    for time in times.split(1):
+        middle = latents + half * predict(latents, time).float()
+        latents = latents + 2 * half * predict(middle, time + half).float()
+    return latents
+
+
+# For networks that predict noise and its variance, and for those that predict a velocity.
+NOISE_SAMPLERS = {"ddpm": ddpm}
+VELOCITY_SAMPLERS = {"euler": euler, "midpoint": midpoint}
+SAMPLERS: dict[str, Callable[..., Tensor]] = {**NOISE_SAMPLERS, **VELOCITY_SAMPLERS}

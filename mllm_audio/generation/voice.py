@@ -1,0 +1,127 @@
+"""`Voice`: a trained checkpoint folder ready to speak."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from mllm_audio.config import from_dict, to_dict
+from mllm_audio.data.dataset import prompt_ids
+from mllm_audio.generation.decode import GenerationConfig, decode
+from mllm_audio.model import AudioLanguageModel
+from mllm_audio.text import SpecialIds
+from mllm_audio.tokenizers import load_tokenizer
+from mllm_audio.tokenizers.base import AudioTokenizer
+from mllm_audio.types import Clip
+
+GENERATION_FILE = "audio_generation.json"  # defaults of `generate`, beside config.json
+
+
+@dataclass(frozen=True)
+class Voice:
+    """A model with the two tokenizers it was trained with."""
+
+    model: AudioLanguageModel
+    text_tokenizer: PreTrainedTokenizerBase
+    audio_tokenizer: AudioTokenizer
+    defaults: GenerationConfig
+
+    @classmethod
+    def load(cls, folder: Path | str) -> Voice:
+        """Load a folder that `mllm-audio train` or `save` wrote.
+
+        Raises:
+            ValueError: if the folder is no such checkpoint, or its audio tokenizer is not the one
+                the model was trained with.
+        """
+        folder = Path(folder)
+        model = AudioLanguageModel.from_pretrained(folder)
+        audio_tokenizer = load_tokenizer(model.audio.config.tokenizer)
+        expected = model.audio.config.tokenizer_fingerprint
+        if expected and audio_tokenizer.fingerprint != expected:
+            raise ValueError(
+                f"{folder} was trained on {model.audio.config.tokenizer} latents of fingerprint "
+                f"{expected}, found {audio_tokenizer.fingerprint}; restore that tokenizer"
+            )
+        path = folder / GENERATION_FILE
+        values = json.loads(path.read_text()) if path.is_file() else {}
+        defaults: GenerationConfig = from_dict(GenerationConfig, values, str(path))
+        text_tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return cls(model, text_tokenizer, audio_tokenizer, defaults)
+
+    def save(self, folder: Path | str, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Write model, text tokenizer and generation defaults; see `AudioLanguageModel`."""
+        folder = Path(folder)
+        self.model.save_pretrained(folder, state_dict)
+        self.text_tokenizer.save_pretrained(folder)
+        text = json.dumps(to_dict(self.defaults), indent=2) + "\n"
+        (folder / GENERATION_FILE).write_text(text)
+
+    def generate(
+        self,
+        captions: Sequence[str],
+        config: GenerationConfig | None = None,
+        *,
+        seed: int = 0,
+        batch_size: int = 32,
+        on_step: Callable[[int], None] | None = None,
+    ) -> list[Clip]:
+        """Generate one clip per caption.
+
+        Clip i uses seed `seed + i` and does not depend on `batch_size` or the other captions.
+
+        Args:
+            captions: descriptions of the sounds.
+            config: overrides the checkpoint's defaults; use `replace(voice.defaults, ...)`.
+            seed: of the first caption.
+            batch_size: captions decoded together.
+            on_step: called with the number of rows after each decoded latent.
+
+        Raises:
+            ValueError: for an empty caption, or a duration the model cannot make.
+        """
+        config = config or self.defaults
+        clips: list[Clip] = []
+        for start in range(0, len(captions), batch_size):
+            chunk = captions[start : start + batch_size]
+            seeds = [seed + start + i for i in range(len(chunk))]
+            latents = self.generate_latents(chunk, config, seeds, on_step)
+            clips += [self.to_clip(row, config) for row in latents]
+        return clips
+
+    def generate_latents(
+        self,
+        captions: Sequence[str],
+        config: GenerationConfig,
+        seeds: Sequence[int],
+        on_step: Callable[[int], None] | None = None,
+    ) -> list[Tensor]:
+        """Generate the latents of one batch of captions, each (N, D)."""
+        prompts = [prompt_ids(self.text_tokenizer, caption) for caption in captions]
+        special = SpecialIds.of(self.text_tokenizer)
+        steps = []
+        for step in decode(self.model, prompts, special, seeds, config):
+            steps.append(step)
+            if on_step:
+                on_step(len(captions))
+        latents = torch.stack([step.latents for step in steps], dim=1)  # (R, N, D)
+        lengths = torch.stack([step.active for step in steps]).sum(dim=0)  # (R,)
+        return [row[:length] for row, length in zip(latents, lengths.tolist(), strict=True)]
+
+    def to_clip(self, latents: Tensor, config: GenerationConfig) -> Clip:
+        """Decode (N, D) latents to sound, cut to the duration asked for."""
+        with torch.inference_mode():
+            waveform = self.audio_tokenizer.decode(latents[None])[0].cpu()  # (S,)
+        if config.seconds is not None:
+            waveform = waveform[: round(config.seconds * self.audio_tokenizer.sample_rate)]
+        return Clip(waveform, self.audio_tokenizer.sample_rate)
+
+    def with_defaults(self, **options: object) -> Voice:
+        """Return this voice with other generation defaults."""
+        return replace(self, defaults=replace(self.defaults, **options))  # type: ignore[arg-type]

@@ -1,0 +1,91 @@
+"""Masking schedules and the choice of kept positions: all of masked next-token prediction.
+
+MNTP (paper section 3.3) drops a share `r` of a clip's latents and does next-token prediction on
+what is left; the model is told the position of each latent (content) and of the one it must
+predict (target). One `r` serves a whole optimizer step, so that batches stay dense. Next-token
+prediction is the case r = 0.
+
+A schedule is the quantile function of the distribution of `r`. The paper draws A and B in its
+figure 5 without giving parameters: **the numbers for A and B here are our assumption.**
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from statistics import NormalDist
+
+import torch
+from torch import Tensor
+
+from mllm_audio.config import nearest
+
+
+def truncated_normal(u: float, mode: float, std: float, low: float, high: float) -> float:
+    """Quantile `u` of a normal distribution cut to [low, high]."""
+    normal = NormalDist(mode, std)
+    below, above = normal.cdf(low), normal.cdf(high)
+    return min(max(normal.inv_cdf(below + u * (above - below)), low), high)
+
+
+# A: a normal distribution at high ratios. B: a long tail to low ratios. Both assumed, see above.
+schedule_a = partial(truncated_normal, mode=0.7, std=0.1, low=0.4, high=0.95)
+schedule_b = partial(truncated_normal, mode=0.7, std=0.35, low=0.0, high=0.7)
+# D: MAR's truncated normal (mode 1, std 0.25 on [0.7, 1]) shifted down by 0.15, as the paper says.
+schedule_d = partial(truncated_normal, mode=0.85, std=0.25, low=0.55, high=0.85)
+
+
+def schedule_c(u: float) -> float:
+    """Mix A and B equally: the paper's default."""
+    return schedule_a(2 * u) if u < 0.5 else schedule_b(2 * u - 1)
+
+
+# Quantile functions of u in [0, 1).
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "a": schedule_a,
+    "b": schedule_b,
+    "c": schedule_c,
+    "d": schedule_d,
+    "uniform": lambda u: u,
+    "fixed": lambda u: 1.0,  # scaled by MaskingConfig.scale: `fixed` with 0.7 is the paper's
+    "ntp": lambda u: 0.0,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskingConfig:
+    """How many latents a training step drops."""
+
+    schedule: str = "c"  # key in SCHEDULES
+    scale: float = (
+        1.0  # multiplies the drawn ratio, in [0, 1]; 0.7 with `fixed` is the paper's ablation
+    )
+
+    def __post_init__(self) -> None:
+        """Check the schedule's name and the scale."""
+        if self.schedule not in SCHEDULES:
+            raise ValueError(
+                f"unknown masking schedule {self.schedule!r}; {nearest(self.schedule, SCHEDULES)}"
+            )
+        if not 0 <= self.scale <= 1:
+            raise ValueError(f"masking.scale={self.scale} must lie in [0, 1]")
+
+
+def sample_ratio(config: MaskingConfig, generator: torch.Generator) -> float:
+    """Draw the masking ratio of one optimizer step."""
+    u = torch.rand((), generator=generator, dtype=torch.float64).item()
+    return config.scale * SCHEDULES[config.schedule](u)
+
+
+def num_kept(num_tokens: int, ratio: float) -> int:
+    """Count the latents left of `num_tokens` after dropping `ratio` of them; at least one."""
+    return max(1, num_tokens - round(num_tokens * ratio))
+
+
+def sample_kept_positions(num_tokens: int, ratio: float, generator: torch.Generator) -> Tensor:
+    """Choose which latents of a clip stay: (K,) int64, increasing, uniform over subsets."""
+    kept = num_kept(num_tokens, ratio)
+    if kept == num_tokens:
+        return torch.arange(num_tokens)
+    return torch.randperm(num_tokens, generator=generator)[:kept].sort().values

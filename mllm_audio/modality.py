@@ -1,0 +1,162 @@
+"""`AudioModality`: every audio parameter, and the one seam training and inference share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mllm_audio.diffusion.noise import Noise, uniform
+from mllm_audio.heads import build_head
+from mllm_audio.heads.base import HeadConfig, SamplingConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class AudioConfig:
+    """What the audio modality is built from; saved as the `audio` section of `config.json`."""
+
+    tokenizer: str = "dct"  # spec for tokenizers.load_tokenizer: a name, or name:folder
+    tokenizer_fingerprint: str = (
+        ""  # of the tokenizer that made the training latents; "" before training
+    )
+    latent_dim: int = 128  # D
+    tokens_per_column: int = 4  # latents that share one time column
+    column_seconds: float = 0.16  # duration of one time column
+    max_tokens: int = 256  # N, the longest clip: 64 columns of 4 are 10.24 s
+    end_of_audio: bool = (
+        True  # predict where a clip ends; the paper's models always make max_tokens
+    )
+    end_loss_weight: float = 0.1  # of the end-of-audio cross-entropy beside the head's loss
+    null_prompt_length: int = 1  # vectors of the null prompt; 1 is broadcast over any text
+    channel_weight_exponent: float = (
+        0.0  # loss weight of a channel = its std to this power; 0 = the paper
+    )
+    head: HeadConfig = field(default_factory=HeadConfig)
+
+    @property
+    def max_seconds(self) -> float:
+        """Duration of the longest clip."""
+        return self.max_tokens / self.tokens_per_column * self.column_seconds
+
+
+class AudioModality(nn.Module):
+    """Continuous audio tokens for a language model of width H.
+
+    Everything outside sees latents as the tokenizer made them: normalisation happens here.
+    Paper section 3.2 (embedding), 3.1 (head); names of the parts follow REFERENCE tables of the
+    paper: latents -> H with LayerNorm, content and target positions, null ("fake") prompt, head.
+    """
+
+    latent_mean: Tensor
+    latent_std: Tensor
+
+    def __init__(self, config: AudioConfig, hidden_size: int) -> None:
+        super().__init__()
+        self.config = config
+        num_targets = config.max_tokens + int(config.end_of_audio)
+        self.latent_proj = nn.Linear(config.latent_dim, hidden_size)
+        self.latent_norm = nn.LayerNorm(hidden_size, eps=1e-6)
+        self.content_positions = nn.Embedding(config.max_tokens, hidden_size)
+        self.target_positions = nn.Embedding(num_targets, hidden_size)
+        self.null_prompt = nn.Parameter(torch.empty(config.null_prompt_length, hidden_size))
+        self.end_of_audio = nn.Linear(hidden_size, 1) if config.end_of_audio else None
+        self.head = build_head(config.head, config.latent_dim, hidden_size)
+        self.register_buffer("latent_mean", torch.zeros(config.latent_dim))
+        self.register_buffer("latent_std", torch.ones(config.latent_dim))
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Follow MAR: xavier-uniform linears with zero bias, N(0, 0.02) positions."""
+        nn.init.xavier_uniform_(self.latent_proj.weight)
+        nn.init.zeros_(self.latent_proj.bias)
+        for embedding in (self.content_positions, self.target_positions):
+            nn.init.normal_(embedding.weight, std=0.02)
+        nn.init.normal_(self.null_prompt, std=0.02)
+        if self.end_of_audio is not None:
+            nn.init.zeros_(self.end_of_audio.weight)
+            nn.init.zeros_(self.end_of_audio.bias)
+
+    def set_statistics(self, mean: Tensor, std: Tensor) -> None:
+        """Set the per-channel mean and std, both (D,), of the training latents.
+
+        A channel that hardly varies in the training data is floored at a thousandth of the
+        loudest, so that a clip where it does vary stays in range.
+        """
+        if not bool(std.isfinite().all()) or not float(std.max()) > 0:
+            raise ValueError(f"latent std must be finite and not all zero, found {std.tolist()[:4]} ...")
+        self.latent_mean.copy_(mean)
+        self.latent_std.copy_(std.clamp_min(1e-3 * float(std.max())))
+
+    def normalise(self, latents: Tensor) -> Tensor:
+        """Bring (M, D) tokenizer latents to zero mean and unit variance, float32."""
+        return (latents.float() - self.latent_mean) / self.latent_std
+
+    def channel_weight(self) -> Tensor | None:
+        """Weigh the loss per channel, (D,) with mean 1, or None for the paper's equal weights.
+
+        DCT coefficients differ in energy by 300x, and the ear follows the energy; the clamp
+        keeps the faintest channels in the loss and the loudest from being all of it.
+        """
+        if self.config.channel_weight_exponent == 0:
+            return None
+        relative = self.latent_std / self.latent_std.mean()
+        weight = relative.pow(self.config.channel_weight_exponent).clamp(0.1, 4.0)
+        return weight / weight.mean()
+
+    def embed(self, latents: Tensor, content_positions: Tensor) -> Tensor:
+        """Embed (M, D) latents that stand at (M,) content positions; return (M, H)."""
+        embeds = self.latent_norm(self.latent_proj(self.normalise(latents)))
+        return embeds + self.content_positions(content_positions)
+
+    def embed_targets(self, target_positions: Tensor) -> Tensor:
+        """Embed (P,) target positions; the (P, H) result is added to the elements that predict."""
+        embeds: Tensor = self.target_positions(target_positions)
+        return embeds
+
+    def loss(
+        self, hidden_states: Tensor, latents: Tensor, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Score (P, D) target latents under (P, H) hidden states; return (P,) float32."""
+        return self.head.loss(
+            self.normalise(latents), hidden_states, self.channel_weight(), generator
+        )
+
+    def end_loss(self, hidden_states: Tensor, is_end: Tensor, masking_ratio: float) -> Tensor:
+        """Cross-entropy of "the target is the end" over (P, H) hidden states; return (P,).
+
+        The end is never dropped while a latent stays with probability 1 - r, so at every
+        distance ends are 1 / (1 - r) too frequent among targets; weighing them by 1 - r makes
+        the predicted odds those of the unmasked sequence.
+        """
+        if self.end_of_audio is None:
+            return hidden_states.new_zeros(len(is_end))
+        logits = self.end_of_audio(hidden_states)[:, 0].float()  # (P,)
+        weight = torch.where(is_end, 1.0 - masking_ratio, 1.0)
+        return F.binary_cross_entropy_with_logits(logits, is_end.float(), weight, reduction="none")
+
+    def ends(self, hidden_states: Tensor, noise: Noise, threshold: float | None = None) -> Tensor:
+        """Decide for (R, H) hidden states whether audio ends here; return (R,) bool.
+
+        `threshold` on the probability, or None to sample it; sampling is a pure function of the
+        row's seed and position.
+        """
+        if self.end_of_audio is None:
+            return torch.zeros(len(hidden_states), dtype=torch.bool, device=hidden_states.device)
+        probability = torch.sigmoid(self.end_of_audio(hidden_states)[:, 0].float())
+        if threshold is not None:
+            return probability > threshold
+        return (
+            uniform(noise.seeds, noise.position, -1) < probability
+        )  # -1: no sampling step uses it
+
+    def sample(
+        self, hidden_states: Tensor, uncond: Tensor | None, config: SamplingConfig, noise: Noise
+    ) -> Tensor:
+        """Draw the next latent of (R, H) rows; return (R, D) float32 as the tokenizer makes them.
+
+        `uncond` is the (R, H) hidden state of the unconditional branch, None without guidance.
+        """
+        latents = self.head.sample(hidden_states, uncond, config, noise)
+        return latents * self.latent_std + self.latent_mean

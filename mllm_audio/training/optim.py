@@ -1,0 +1,61 @@
+"""The optimizer and its learning rate."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+LR_SCHEDULES = ("constant", "cosine")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW with warm-up; the defaults are MAR's and the paper's."""
+
+    lr: float = 1e-4  # after warm-up
+    schedule: str = "constant"  # constant, or cosine down to `final_lr_share`
+    final_lr_share: float = 0.05  # of `lr`, reached by cosine at the end
+    warmup_steps: int = 100  # linear from 0
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.02  # not on 1-D tensors, embeddings, nor the head
+    max_grad_norm: float = 3.0  # gradients are scaled down to this global norm
+
+    def __post_init__(self) -> None:
+        """Check the schedule's name and the learning rate."""
+        if self.schedule not in LR_SCHEDULES:
+            raise ValueError(
+                f"unknown lr schedule {self.schedule!r}, expected one of {', '.join(LR_SCHEDULES)}"
+            )
+        if not self.lr > 0:
+            raise ValueError(f"lr={self.lr} must be positive")
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """Build AdamW with weight decay on the matrices of backbone and embeddings only.
+
+    MAR decays neither 1-D tensors nor anything in the diffusion head.
+    """
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        exempt = parameter.dim() < 2 or name.startswith("audio.head.") or "position" in name
+        (free if exempt else decayed).append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": free, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+
+
+def learning_rate(config: OptimConfig, step: int, progress: float) -> float:
+    """Return the learning rate of optimizer step `step` (from 0) at `progress` in [0, 1]."""
+    warmup = min(1.0, (step + 1) / max(1, config.warmup_steps))
+    if config.schedule == "constant":
+        return config.lr * warmup
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return config.lr * warmup * (config.final_lr_share + (1 - config.final_lr_share) * cosine)

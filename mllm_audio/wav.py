@@ -1,0 +1,117 @@
+"""Read, write and resample sound files: the only import of an audio I/O library."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import soxr
+import torch
+from torch import Tensor
+
+from mllm_audio.types import Clip
+
+SUBTYPES = {".wav": "PCM_16", ".flac": "PCM_16"}  # what `write` makes of each suffix
+LEVEL = 0.5  # peak after `normalize_level`
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileInfo:
+    """What the header of a sound file says."""
+
+    num_samples: int  # per channel
+    sample_rate: int  # Hz
+    num_channels: int
+
+    @property
+    def seconds(self) -> float:
+        """Duration."""
+        return self.num_samples / self.sample_rate
+
+
+def info(path: str | Path) -> FileInfo:
+    """Read the header of a sound file, not its samples.
+
+    Raises:
+        ValueError: if the file is missing, or not sound that libsndfile reads.
+    """
+    _check_exists(path)
+    try:
+        header = soundfile.info(str(path))
+    except soundfile.SoundFileError as error:
+        raise ValueError(_unreadable(path, error)) from error
+    return FileInfo(
+        num_samples=header.frames, sample_rate=header.samplerate, num_channels=header.channels
+    )
+
+
+def read(path: str | Path, sample_rate: int) -> Clip:
+    """Read a sound file as mono float32 at `sample_rate`, its channels averaged.
+
+    Raises:
+        ValueError: if the file is missing, corrupt or empty, or holds NaN or infinite samples.
+    """
+    _check_exists(path)
+    try:
+        samples, file_rate = soundfile.read(str(path), dtype="float32", always_2d=True)  # (S, 2)
+    except soundfile.SoundFileError as error:
+        raise ValueError(_unreadable(path, error)) from error
+    if len(samples) == 0:
+        raise ValueError(f"{path} holds no samples; remove it or record it again")
+    if not np.isfinite(samples).all():
+        raise ValueError(f"{path} holds NaN or infinite samples; export it again")
+    waveform = torch.from_numpy(samples.mean(axis=1))  # (S,)
+    return Clip(resample(waveform, file_rate, sample_rate), sample_rate)
+
+
+def write(path: str | Path, waveform: Tensor, sample_rate: int) -> None:
+    """Write a (S,) waveform as 16 bit WAV or FLAC, whichever the suffix says.
+
+    A waveform with a peak above 1 is scaled down to 1 as a whole.
+
+    Raises:
+        ValueError: if the suffix is unknown, or the waveform is not (S,) or not finite.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix not in SUBTYPES:
+        raise ValueError(f"{path} ends in {suffix!r}; name it with {' or '.join(SUBTYPES)}")
+    samples = waveform.detach().float().cpu()
+    if samples.ndim != 1:
+        raise ValueError(f"{path}: a waveform is (S,), not {tuple(samples.shape)}; pass one row")
+    if not samples.isfinite().all():
+        raise ValueError(f"{path}: the waveform holds NaN or infinite samples; nothing written")
+    if samples.numel():
+        samples = samples / samples.abs().max().clamp_min(1.0)
+    soundfile.write(str(path), samples.numpy(), sample_rate, subtype=SUBTYPES[suffix])
+
+
+def resample(waveform: Tensor, from_rate: int, to_rate: int) -> Tensor:
+    """Resample a (S,) float32 waveform on the CPU with soxr; return it as it is at equal rates."""
+    if from_rate == to_rate:
+        return waveform
+    return torch.from_numpy(soxr.resample(waveform.numpy(), from_rate, to_rate))
+
+
+def normalize_level(waveform: Tensor) -> Tensor:
+    """Remove the mean of (..., S) waveforms and scale each to a peak of 0.5; silence stays silent.
+
+    What AudioLDM (Liu et al. 2023, arXiv:2301.12503) does to every training clip.
+    """
+    # In float64 a constant clip becomes silence, not amplified rounding errors.
+    centred = waveform.double() - waveform.double().mean(dim=-1, keepdim=True)
+    peak = centred.abs().amax(dim=-1, keepdim=True)
+    return (centred / (peak + 1e-8) * LEVEL).float()
+
+
+def _check_exists(path: str | Path) -> None:
+    """Raise unless `path` is a file, which libsndfile would only call a system error."""
+    if not Path(path).is_file():
+        raise ValueError(f"{path} is not a file; check the path")
+
+
+def _unreadable(path: str | Path, error: Exception) -> str:
+    """Say on one line that libsndfile cannot read `path`."""
+    reason = " ".join(str(getattr(error, "error_string", error)).split())
+    return f"{path} is not readable sound ({reason}); convert it to WAV or FLAC"

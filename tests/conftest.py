@@ -1,0 +1,122 @@
+"""Fixtures shared by the tests: tiny models and data that need no download."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+@pytest.fixture(scope="session")
+def fixture_arrays():
+    """Load tests/fixtures/NAME.npz as float32 or int64 tensors."""
+
+    def load(name: str) -> dict[str, torch.Tensor]:
+        with np.load(FIXTURES / f"{name}.npz") as arrays:
+            return {key: torch.from_numpy(np.asarray(arrays[key])) for key in arrays}
+
+    return load
+
+
+CAPTIONS = ["a low beep", "two high beeps", "noise then a low beep", "a rising sweep"]
+
+
+def test_run_config(**train):
+    """Build a run configuration small enough for unit tests."""
+    from mllm_audio.presets import tiny
+
+    config = tiny()
+    return replace(
+        config,
+        backbone=replace(
+            config.backbone, hidden_size=32, num_layers=2, num_heads=2, max_positions=64, dropout=0.1
+        ),
+        audio=replace(
+            config.audio, max_tokens=16, head=replace(config.audio.head, width=32, num_blocks=1)
+        ),
+        train=replace(config.train, **{"max_minutes": None, "batch_size": 4, **train}),
+    )
+
+
+test_run_config.__test__ = False  # a helper, not a test
+
+
+@pytest.fixture(scope="session")
+def text_tokenizer():
+    """A tokenizer trained on `CAPTIONS`."""
+    from mllm_audio.text import train_text_tokenizer
+
+    return train_text_tokenizer(CAPTIONS)
+
+
+@pytest.fixture
+def special(text_tokenizer):
+    """The special ids of `text_tokenizer`."""
+    from mllm_audio.text import SpecialIds
+
+    return SpecialIds.of(text_tokenizer)
+
+
+@pytest.fixture(params=["gpt2", "llama"])
+def family(request):
+    """Every backbone family."""
+    return request.param
+
+
+@pytest.fixture
+def make_model(text_tokenizer):
+    """Build a tiny model whose zero-initialised outputs are made random, so that nothing is 0."""
+    from mllm_audio.run import build_model
+
+    def make(family: str = "gpt2", head: str = "flow", **audio):
+        config = test_run_config()
+        config = replace(
+            config,
+            backbone=replace(config.backbone, family=family),
+            audio=replace(config.audio, head=replace(config.audio.head, name=head), **audio),
+        )
+        model = build_model(config, len(text_tokenizer))
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in model.audio.parameters():
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        model.audio.set_statistics(torch.full((128,), 0.5), torch.linspace(0.5, 2.0, 128))
+        return model.eval()
+
+    return make
+
+
+def sine_manifest(folder: Path, count: int = 12, seconds: float = 0.5) -> Path:
+    """Write short captioned tones and their manifest."""
+    import json
+
+    import soundfile
+
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for index in range(count):
+        frequency = 200 * (1 + index % 4)
+        time = np.arange(int(16000 * (seconds + 0.04 * (index % 3)))) / 16000
+        wave = 0.3 * np.sin(2 * np.pi * frequency * time) * np.exp(-3 * time)
+        soundfile.write(folder / f"{index}.wav", wave.astype(np.float32), 16000)
+        split = "validation" if index % 4 == 3 else "train"
+        rows.append({"audio": f"{index}.wav", "caption": CAPTIONS[index % 4], "split": split})
+    (folder / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / "manifest.jsonl"
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory):
+    """A prepared folder of a dozen short tones."""
+    from mllm_audio.data.prepare import prepare
+
+    folder = tmp_path_factory.mktemp("tones")
+    prepare(sine_manifest(folder), folder / "data", "dct", progress=False)
+    return folder / "data"

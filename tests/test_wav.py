@@ -1,0 +1,112 @@
+"""Sound files: what is read is what was written, and bad files are named."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from mllm_audio import wav
+
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+def tone(frequency: float, sample_rate: int, seconds: float = 0.5) -> torch.Tensor:
+    time = torch.arange(int(seconds * sample_rate)) / sample_rate
+    return 0.4 * torch.sin(2 * torch.pi * frequency * time)
+
+
+@pytest.mark.parametrize("suffix", [".wav", ".flac", ".FLAC"])
+def test_written_sound_is_read_back_within_16_bits(tmp_path, suffix):
+    waveform = tone(440, 16_000)
+    wav.write(tmp_path / f"a{suffix}", waveform, 16_000)
+    clip = wav.read(tmp_path / f"a{suffix}", 16_000)
+    assert clip.sample_rate == 16_000
+    assert clip.waveform.dtype == torch.float32
+    torch.testing.assert_close(clip.waveform, waveform, rtol=0, atol=1 / 32768)
+
+
+def test_channels_are_averaged(tmp_path):
+    left, right = tone(440, 16_000), tone(880, 16_000)
+    stereo = torch.stack([left, right], dim=1).numpy()
+    soundfile.write(tmp_path / "a.wav", stereo, 16_000, subtype="FLOAT")
+    clip = wav.read(tmp_path / "a.wav", 16_000)
+    torch.testing.assert_close(clip.waveform, (left + right) / 2, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("file_rate", [8_000, 44_100])
+def test_reading_resamples_and_keeps_the_tone(tmp_path, file_rate):
+    soundfile.write(tmp_path / "a.wav", tone(440, file_rate).numpy(), file_rate, subtype="FLOAT")
+    waveform = wav.read(tmp_path / "a.wav", 16_000).waveform
+    assert len(waveform) == 8_000
+    expected = tone(440, 16_000)
+    torch.testing.assert_close(waveform[800:-800], expected[800:-800], rtol=0, atol=1e-3)
+
+
+def test_info_tells_the_duration(tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.zeros((11_025, 2)), 44_100)
+    header = wav.info(tmp_path / "a.wav")
+    assert (header.num_samples, header.sample_rate, header.num_channels) == (11_025, 44_100, 2)
+    assert header.seconds == 0.25
+
+
+@pytest.mark.parametrize("probe", [wav.info, lambda path: wav.read(path, 16_000)])
+@pytest.mark.parametrize("content", [None, b"", b"RIFF but not really sound"])
+def test_missing_and_corrupt_files_are_named_on_one_line(tmp_path, content, probe):
+    path = tmp_path / "bad.wav"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"bad\.wav is not") as caught:
+        probe(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_empty_and_non_finite_sound_is_refused(tmp_path):
+    soundfile.write(tmp_path / "empty.wav", np.zeros(0), 16_000)
+    with pytest.raises(ValueError, match=r"empty\.wav holds no samples"):
+        wav.read(tmp_path / "empty.wav", 16_000)
+    soundfile.write(tmp_path / "nan.wav", np.array([0.0, np.nan]), 16_000, subtype="FLOAT")
+    with pytest.raises(ValueError, match=r"nan\.wav holds NaN"):
+        wav.read(tmp_path / "nan.wav", 16_000)
+
+
+def test_loud_sound_is_scaled_down_not_clipped_or_wrapped(tmp_path):
+    loud = 5 * tone(440, 16_000)
+    wav.write(tmp_path / "a.wav", loud, 16_000)
+    waveform = wav.read(tmp_path / "a.wav", 16_000).waveform
+    torch.testing.assert_close(waveform, loud / loud.abs().max(), rtol=0, atol=2 / 32768)
+
+
+def test_writing_refuses_unknown_suffixes_shapes_and_nan(tmp_path):
+    with pytest.raises(ValueError, match=r"'\.mp3'; name it with \.wav or \.flac"):
+        wav.write(tmp_path / "a.mp3", torch.zeros(8), 16_000)
+    with pytest.raises(ValueError, match=r"not \(1, 8\)"):
+        wav.write(tmp_path / "a.wav", torch.zeros(1, 8), 16_000)
+    with pytest.raises(ValueError, match="NaN"):
+        wav.write(tmp_path / "a.wav", torch.tensor([0.0, torch.nan]), 16_000)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_level_matches_audioldm():
+    fixture = np.load(FIXTURES / "audioldm_mel.npz")
+    level = wav.normalize_level(torch.from_numpy(fixture["waveform"]))
+    torch.testing.assert_close(level, torch.from_numpy(fixture["normalized"]), rtol=1e-5, atol=1e-6)
+
+
+def test_level_of_silence_and_of_a_constant_is_zero():
+    rows = torch.tensor([[0.0] * 4001, [0.3] * 4001, [1.0, -1.0] * 2000 + [0.0]])
+    level = wav.normalize_level(rows)
+    assert level.abs().amax(dim=1).tolist() == pytest.approx([0.0, 0.0, 0.5], abs=1e-7)
+
+
+def test_import_is_light():
+    code = (
+        "import sys, mllm_audio.wav; print({'transformers', 'diffusers', 'scipy'} & {*sys.modules})"
+    )
+    printed = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
+    assert printed.strip() == "set()"
