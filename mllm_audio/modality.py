@@ -91,7 +91,8 @@ class AudioModality(nn.Module):
 
     def normalise(self, latents: Tensor) -> Tensor:
         """Bring (M, D) tokenizer latents to zero mean and unit variance, float32."""
-        return (latents.float() - self.latent_mean) / self.latent_std
+        latents = latents.float().reshape(-1, self.config.latent_dim)  # a batch of text has (0, 0)
+        return (latents - self.latent_mean) / self.latent_std
 
     def channel_weight(self) -> Tensor | None:
         """Weigh the loss per channel, (D,) with mean 1, or None for the paper's equal weights.

@@ -194,6 +194,8 @@ def test_recogniser_shares_no_code_with_the_synthesis():
 
 
 def test_messages_name_the_offending_value():
+    with pytest.raises(ValueError, match="no group 'click', 'low', 1"):
+        Group("click", "low", 1)
     with pytest.raises(ValueError, match=r"held_out_share is 0\.9"):
         split(0.9, seed=0)
     with pytest.raises(ValueError, match="'beep:two'"):

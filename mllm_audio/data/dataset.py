@@ -75,7 +75,9 @@ def collate(
         masking_ratio: the ratio the rows' `kept` positions were drawn with.
         end_of_audio: whether the last latent of a span predicts the end.
     """
-    laid = [_lay_out(row, special, end_of_audio) for row in rows]
+    spans = [part for row in rows for part in row if isinstance(part, Audio)]
+    latent_dim = spans[0].latents.shape[1] if spans else 0
+    laid = [_lay_out(row, special, end_of_audio, latent_dim) for row in rows]
 
     def padded(field: str) -> Tensor:
         return pad_sequence([row[field] for row in laid], batch_first=True)
@@ -95,7 +97,9 @@ def collate(
     )
 
 
-def _lay_out(row: Row, special: SpecialIds, end_of_audio: bool) -> dict[str, Tensor]:
+def _lay_out(
+    row: Row, special: SpecialIds, end_of_audio: bool, latent_dim: int
+) -> dict[str, Tensor]:
     """Build one row's fields of `Batch`, without padding."""
     pieces: list[dict[str, Tensor]] = []
     position = 0
@@ -107,7 +111,6 @@ def _lay_out(row: Row, special: SpecialIds, end_of_audio: bool) -> dict[str, Ten
             closed = index + 1 < len(row)
             pieces.append(_lay_out_audio(part, position, special, end_of_audio, closed))
             position += len(part.latents) + 2
-    latent_dim = next((p.latents.shape[1] for p in row if isinstance(p, Audio)), 0)
     for piece in pieces:
         for field in ("latents", "target_latents"):
             piece.setdefault(field, torch.zeros(0, latent_dim))

@@ -43,6 +43,15 @@ class Group:
     pitch: str | None  # a key of `PITCHES`, None for kinds without pitch
     count: int  # 1 to `MAX_COUNT`
 
+    def __post_init__(self) -> None:
+        pitches = PITCHES if self.kind in KINDS and KINDS[self.kind].pitched else (None,)
+        if self.kind not in KINDS or self.pitch not in pitches or self.count not in NUMBER_WORDS:
+            raise ValueError(
+                f"there is no group {self.kind!r}, {self.pitch!r}, {self.count!r}; kinds are "
+                f"{', '.join(KINDS)}, the pitch of this kind is one of {list(pitches)}, "
+                f"and the count is 1 to {MAX_COUNT}"
+            )
+
     @property
     def label(self) -> str:
         """Machine-readable form, `kind:pitch:count`, the pitch empty where there is none."""
