@@ -133,7 +133,7 @@ def generate(
 ) -> None:
     """Generate one sound per CAPTION with the model in RUN."""
     from mllm_audio.generation.voice import Voice
-    from mllm_audio.generation.write import generate_to_files, output_paths
+    from mllm_audio.generation.write import generate_to_files, output_paths, write_captions
 
     paths = output_paths(out, len(captions))
     if options["guidance_scale"] is not None and options["guidance_weight"] is not None:
@@ -145,6 +145,8 @@ def generate(
     if "guidance_scale" in given:
         given["guidance_weight"] = None
     generate_to_files(voice, captions, paths, replace(voice.defaults, **given), seed, batch_size)
+    if len(paths) > 1:
+        write_captions(captions, paths, seed)
     for path in paths:
         click.echo(path)
 

@@ -41,6 +41,14 @@ class AudioConfig:
         return self.max_tokens / self.tokens_per_column * self.column_seconds
 
 
+ROW_BLOCK = 128  # training pads rows to a multiple: a CPU kernel is compiled for every new shape
+
+
+def pad_rows(rows: Tensor) -> Tensor:
+    """Pad (P, ...) with zero rows to a multiple of `ROW_BLOCK`."""
+    return F.pad(rows, (0, 0, 0, -len(rows) % ROW_BLOCK))
+
+
 class AudioModality(nn.Module):
     """Continuous audio tokens for a language model of width H.
 
@@ -108,7 +116,8 @@ class AudioModality(nn.Module):
 
     def embed(self, latents: Tensor, content_positions: Tensor) -> Tensor:
         """Embed (M, D) latents that stand at (M,) content positions; return (M, H)."""
-        embeds = self.latent_norm(self.latent_proj(self.normalise(latents)))
+        rows = pad_rows(self.normalise(latents)) if self.training else self.normalise(latents)
+        embeds = self.latent_norm(self.latent_proj(rows))[: len(latents)]
         return embeds + self.content_positions(content_positions)
 
     def embed_targets(self, target_positions: Tensor) -> Tensor:
@@ -120,9 +129,9 @@ class AudioModality(nn.Module):
         self, hidden_states: Tensor, latents: Tensor, generator: torch.Generator | None = None
     ) -> Tensor:
         """Score (P, D) target latents under (P, H) hidden states; return (P,) float32."""
-        return self.head.loss(
-            self.normalise(latents), hidden_states, self.channel_weight(), generator
-        )
+        targets = pad_rows(self.normalise(latents))
+        losses = self.head.loss(targets, pad_rows(hidden_states), self.channel_weight(), generator)
+        return losses[: len(latents)]
 
     def end_loss(self, hidden_states: Tensor, is_end: Tensor, masking_ratio: float) -> Tensor:
         """Cross-entropy of "the target is the end" over (P, H) hidden states; return (P,).

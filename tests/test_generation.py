@@ -39,7 +39,8 @@ def test_cached_decoding_equals_full_recomputation(
             # `collate` lets the last kept latent predict the end; here it predicts `index`.
             targets = torch.arange(index + 1).repeat(2)
             rows = replace(rows, target_positions=targets)
-            hidden = backbones.run(model.backbone, model.embed(rows), rows.position_ids)[:, -1]
+            hidden = backbones.run(model.backbone, model.embed(rows), rows.position_ids)
+            hidden = hidden[:, len(text.input_ids) + index]
             noise = Noise(torch.tensor([7]), torch.tensor([index]), 128)
             sampling = SamplingConfig(num_inference_steps=3, guidance_scale=2.0)
             expected = model.audio.sample(hidden[:1], hidden[1:], sampling, noise)

@@ -200,7 +200,7 @@ def test_dct_tokens_run_through_the_bands_of_a_column_first():
     assert_same(latents[0, :, 0], 16 * means.flatten())
 
 
-@pytest.mark.parametrize("frequency", [220.0, 440.0, 1000.0, 3000.0])
+@pytest.mark.parametrize("frequency", [110.0, 220.0, 330.0, 440.0, 1000.0, 3000.0])
 def test_dct_roundtrip_keeps_the_frequency_of_a_tone(frequency):
     tokenizer = DCTTokenizer()
     time = torch.arange(12_800) / 16_000

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
@@ -45,6 +46,7 @@ class Audio:
 
 
 Row = Sequence[Text | Audio]
+TIME_BLOCK = 8  # rows are padded to a multiple: few shapes, so few compiled CPU kernels
 
 
 def seeded(*parts: int | str) -> torch.Generator:
@@ -80,7 +82,8 @@ def collate(
     laid = [_lay_out(row, special, end_of_audio, latent_dim) for row in rows]
 
     def padded(field: str) -> Tensor:
-        return pad_sequence([row[field] for row in laid], batch_first=True)
+        rows_of_field = pad_sequence([row[field] for row in laid], batch_first=True)  # (B, T)
+        return F.pad(rows_of_field, (0, -rows_of_field.shape[1] % TIME_BLOCK))
 
     def joined(field: str) -> Tensor:
         return torch.cat([row[field] for row in laid])

@@ -42,6 +42,11 @@ class HeardGroup:
     pitch: str  # empty where the kind has none
     count: int
 
+    @property
+    def label(self) -> str:
+        """The label grammar's form of the group, `kind:pitch:count`."""
+        return f"{self.kind}:{self.pitch}:{self.count}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class AdherenceReport:

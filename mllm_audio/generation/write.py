@@ -43,7 +43,7 @@ def generate_to_files(
     seed: int = 0,
     batch_size: int = 32,
 ) -> None:
-    """Generate a clip per caption, write them, and list several in `captions.jsonl` beside them."""
+    """Generate a clip per caption and write each to its path."""
     _, longest = token_limits(voice.model, config)
     batches = -(-len(captions) // batch_size)
     with tqdm(total=batches * longest, desc="generating", unit="latent", dynamic_ncols=True) as bar:
@@ -54,10 +54,13 @@ def generate_to_files(
     for path, clip in zip(paths, clips, strict=True):
         path.parent.mkdir(parents=True, exist_ok=True)
         wav.write(path, clip.waveform, clip.sample_rate)
-    if len(paths) > 1:
-        rows = [
-            {"audio": path.name, "caption": caption, "seed": seed + index}
-            for index, (path, caption) in enumerate(zip(paths, captions, strict=True))
-        ]
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        (paths[0].parent / "captions.jsonl").write_text(text)
+
+
+def write_captions(captions: Sequence[str], paths: Sequence[Path], seed: int) -> None:
+    """List what was generated in `captions.jsonl` beside the files, as a manifest."""
+    rows = [
+        {"audio": path.name, "caption": caption, "seed": seed + index}
+        for index, (path, caption) in enumerate(zip(paths, captions, strict=True))
+    ]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (paths[0].parent / "captions.jsonl").write_text(text)

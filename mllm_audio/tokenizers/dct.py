@@ -17,6 +17,8 @@ from torch.nn import functional
 
 from mllm_audio.tokenizers import mel
 
+LOBE = 5  # bins to each side that share one starting frequency, about one mel band
+
 
 @dataclass(frozen=True, kw_only=True)
 class DCTConfig:
@@ -156,15 +158,10 @@ def invert_log_mel(log_mel: Tensor, num_iterations: int, momentum: float, seed: 
     loudest = math.log(mel.WINDOW_LENGTH / 2 * filters.sum(0).max().item())
     wanted = log_mel.float().clamp(math.log(mel.FLOOR), loudest).exp()  # (B, F, 64)
 
-    # Start from steady sinusoids at the bin centres: tones then keep their pitch better than from
-    # random phases. A CPU generator gives the same start on every device, for every row and batch.
-    offsets = torch.rand(filters.shape[0], generator=torch.Generator().manual_seed(seed))  # (513,)
-    samples = torch.arange(log_mel.shape[1])[:, None] * mel.HOP_LENGTH  # (F, 1)
-    turns = samples * torch.arange(filters.shape[0]) % mel.WINDOW_LENGTH / mel.WINDOW_LENGTH
-    phases = ((turns + offsets) * (2 * math.pi)).to(log_mel.device)  # (F, 513)
-    flat = torch.ones_like(phases).expand(len(log_mel), -1, -1)  # (B, F, 513)
-    magnitudes = _scale_to_mel(flat, wanted, filters)
-    directions = torch.polar(flat, phases.expand_as(flat))
+    magnitudes = torch.ones(*log_mel.shape[:2], filters.shape[0], device=log_mel.device)
+    magnitudes = _scale_to_mel(magnitudes, wanted, filters)  # (B, F, 513)
+    phases = _starting_phases(magnitudes, seed)
+    directions = torch.polar(torch.ones_like(phases), phases)
 
     window = torch.hann_window(mel.WINDOW_LENGTH, device=log_mel.device)
     # The window vanishes at the very ends, which are cut away below.
@@ -181,6 +178,33 @@ def invert_log_mel(log_mel: Tensor, num_iterations: int, momentum: float, seed: 
         directions = ahead / ahead.abs().clamp_min(1e-9)
         previous = spectrum
     return synthesise(magnitudes * directions)[:, mel.PADDING : -mel.PADDING]
+
+
+def _starting_phases(magnitudes: Tensor, seed: int) -> Tensor:
+    """Start (B, F, 513) bins as sinusoids at the centre of the magnitudes around them.
+
+    Random phases, or sinusoids at the bins' own frequencies, leave low tones several percent off
+    pitch: Griffin-Lim does not move a tone far from where it starts.
+    """
+    num_bins = magnitudes.shape[2]
+    bins = torch.arange(num_bins, device=magnitudes.device, dtype=torch.float32)
+    weights = torch.hann_window(2 * LOBE + 3, periodic=False, device=bins.device)[1:-1]
+
+    def around(values: Tensor) -> Tensor:
+        return functional.pad(values, (LOBE, LOBE)).unfold(2, 2 * LOBE + 1, 1) @ weights
+
+    centres = around(magnitudes * bins) / around(magnitudes).clamp_min(1e-12)  # (B, F, 513)
+    for _ in range(3):  # climb to the nearest peak, so that its bins agree
+        nearest = centres.round().long().clamp(0, num_bins - 1)
+        centres = centres.gather(2, nearest)
+    turns = (centres.double() * mel.HOP_LENGTH / mel.WINDOW_LENGTH).cumsum(1)
+
+    # A CPU generator gives the same phases on every device, for every row and batch size.
+    offsets = torch.rand(num_bins, generator=torch.Generator().manual_seed(seed)).to(bins.device)
+    first = centres[:, :1].round().long().clamp(0, num_bins - 1)
+    # Neighbouring bins of a windowed sinusoid are half a turn apart.
+    turns = turns - turns[:, :1] + offsets[first] + bins / 2
+    return (turns % 1 * (2 * math.pi)).float()
 
 
 def _scale_to_mel(magnitudes: Tensor, wanted: Tensor, filters: Tensor) -> Tensor:

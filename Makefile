@@ -1,0 +1,34 @@
+# Both targets set themselves up in .venv/: Python 3.11, a package registry, nothing else.
+PYTHON ?= python3
+BIN := .venv/bin
+# Two training processes never share this machine, and idle threads should not spin.
+export OMP_WAIT_POLICY ?= PASSIVE
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: demo test lint clean
+
+demo: .venv/core
+	$(BIN)/mllm-audio demo --out runs/demo
+
+test: .venv/dev lint
+	$(BIN)/python -m pytest
+
+lint: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Stamps: rebuilt when the project's dependencies change. torch comes first and pinned, so that a
+# machine that offers a CPU build of it gets that one.
+.venv/core: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "torch==2.13.0"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	touch $@
+
+.venv/dev: .venv/core
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache

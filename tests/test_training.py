@@ -1,0 +1,249 @@
+"""The loop: exact resume, guards, averages, golden losses."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import test_run_config
+
+from mllm_audio.config import override
+from mllm_audio.data.shards import load_split
+from mllm_audio.generation.voice import Voice
+from mllm_audio.run import train_run
+from mllm_audio.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from mllm_audio.training.ema import EMA
+from mllm_audio.training.log import read_log
+from mllm_audio.training.optim import OptimConfig, build_optimizer, learning_rate
+from mllm_audio.training.trainer import TrainingStoppedError
+
+GOLDEN = Path(__file__).parent / "golden" / "tiny_losses.json"
+CONFIG = replace(
+    test_run_config(num_steps=20, log_every=1, validate_every=10, save_every=5, precision="float32"),
+    generation=replace(test_run_config().generation, num_inference_steps=2),
+)
+
+
+def losses(run: Path) -> list[float]:
+    return [r["train/audio_loss"] for r in read_log(run) if "train/audio_loss" in r]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(prepared, tmp_path_factory):
+    run = tmp_path_factory.mktemp("run") / "whole"
+    train_run(CONFIG, prepared, run)
+    return run
+
+
+def test_twenty_steps_give_the_golden_losses(uninterrupted):
+    """Written by `python tests/golden/write.py`; a change of 1 % anywhere shows here."""
+    golden = json.loads(GOLDEN.read_text())
+    found = losses(uninterrupted)
+    assert len(found) == 20
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(golden), rtol=1e-3, atol=1e-4)
+
+
+def test_a_resumed_run_has_the_losses_and_weights_of_an_uninterrupted_one(
+    prepared, uninterrupted, tmp_path
+):
+    train_run(override(CONFIG, ["train.num_steps=7"]), prepared, tmp_path)
+    assert len(losses(tmp_path)) == 7
+    train_run(CONFIG, prepared, tmp_path)
+    assert losses(tmp_path) == losses(uninterrupted)
+    first, _ = load_checkpoint(list_checkpoints(uninterrupted)[-1])
+    second, _ = load_checkpoint(list_checkpoints(tmp_path)[-1])
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+def test_kill_nine_resumes_from_the_last_checkpoint_onto_the_same_losses(
+    prepared, uninterrupted, tmp_path
+):
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from test_training import CONFIG; "
+        "from pathlib import Path; from mllm_audio.run import train_run; "
+        "train_run(CONFIG, Path(sys.argv[2]), Path(sys.argv[3]))"
+    )
+    command = [sys.executable, "-c", script, str(Path(__file__).parent), str(prepared), str(tmp_path)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list_checkpoints(tmp_path) and time.monotonic() < deadline:
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert list_checkpoints(tmp_path)
+    train_run(CONFIG, prepared, tmp_path)
+    assert losses(tmp_path) == losses(uninterrupted)
+
+
+def test_interrupt_saves_the_step_it_stopped_after(prepared, uninterrupted, tmp_path, monkeypatch):
+    from mllm_audio.training import trainer
+
+    original = trainer.check_finite
+
+    def interrupt_at_three(result, batch, step):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        original(result, batch, step)
+
+    monkeypatch.setattr(trainer, "check_finite", interrupt_at_three)
+    with pytest.raises(KeyboardInterrupt, match="stopped after step 4"):
+        train_run(CONFIG, prepared, tmp_path)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000004"]
+    monkeypatch.setattr(trainer, "check_finite", original)
+    train_run(CONFIG, prepared, tmp_path)
+    assert losses(tmp_path) == losses(uninterrupted)
+
+
+def test_a_run_folder_refuses_another_configuration(prepared, uninterrupted):
+    with pytest.raises(ValueError, match=r"holds another run \(train.optim.lr 0.001 -> 0.1\)"):
+        train_run(override(CONFIG, ["train.optim.lr=0.1"]), prepared, uninterrupted)
+
+
+def test_a_nan_stops_with_the_file_names_and_leaves_the_weights(prepared, tmp_path, monkeypatch):
+    from mllm_audio.modality import AudioModality
+
+    original, calls = AudioModality.loss, []
+
+    def poisoned(self, hidden_states, latents, generator=None):
+        calls.append(1)
+        value = original(self, hidden_states, latents, generator)
+        return value * float("nan") if len(calls) == 3 else value
+
+    monkeypatch.setattr(AudioModality, "loss", poisoned)
+    with pytest.raises(TrainingStoppedError, match=r"step 3: loss nan.* on: \d+.wav, .*lower train"):
+        train_run(override(CONFIG, ["train.save_every=1"]), prepared, tmp_path)
+    tensors, state = load_checkpoint(list_checkpoints(tmp_path)[-1])
+    assert state["step"] == 2
+    assert all(bool(torch.isfinite(value).all()) for value in tensors.values())
+
+
+def test_a_latent_out_of_range_stops_with_the_file_names(prepared, tmp_path):
+    with pytest.raises(TrainingStoppedError, match=r"a latent .* stds from the mean .* \d+.wav"):
+        train_run(override(CONFIG, ["train.max_abs_latent=0.5"]), prepared, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("audio.max_tokens=12", r"has 16 latents, the model takes audio.max_tokens=12; set audio"),
+        ("audio.latent_dim=64", r"latents with latent_dim 128, audio.latent_dim is 64"),
+        ("backbone.max_positions=20", r"caption .* text tokens, room is for 2; set backbone"),
+    ],
+)
+def test_data_that_does_not_fit_is_refused_before_training(prepared, tmp_path, assignment, message):
+    with pytest.raises(ValueError, match=message):
+        train_run(override(CONFIG, [assignment]), prepared, tmp_path / "run")
+
+
+def test_a_checkpoint_appears_whole_or_not_at_all(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path, 1, {"a": torch.ones(3)}, {"step": 1}, keep=2)
+    monkeypatch.setattr(
+        "mllm_audio.training.checkpoint.save_file",
+        lambda *_: (_ for _ in ()).throw(OSError("No space left on device")),
+    )
+    with pytest.raises(OSError, match="No space left on device; the previous one is intact"):
+        save_checkpoint(tmp_path, 2, {"a": torch.ones(3)}, {"step": 2}, keep=2)
+    monkeypatch.undo()
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000001"]
+    for step in (2, 3):
+        save_checkpoint(tmp_path, step, {"a": torch.ones(3)}, {"step": step}, keep=2)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000002", "step-00000003"]
+    (list_checkpoints(tmp_path)[-1] / "state.json").write_text("{")
+    with pytest.raises(ValueError, match=re.escape("delete it to resume the one before")):
+        load_checkpoint(list_checkpoints(tmp_path)[-1])
+
+
+def test_averages_follow_their_closed_form():
+    model = torch.nn.Linear(2, 1)
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    ema = EMA(model, decay=0.9)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    expected = 0.0  # distance moved, of 1
+    for step in range(40):
+        decay = min(0.9, (1 + step) / (10 + step))
+        expected += (1 - decay) * (1 - expected)
+        ema.update(step)
+    for name, value in ema.averages.items():
+        torch.testing.assert_close(value - start[name], torch.full_like(value, expected))
+    with ema.applied():
+        torch.testing.assert_close(model.weight.data, ema.averages["weight"])
+    torch.testing.assert_close(model.weight.data, start["weight"] + 1)
+
+
+def test_learning_rate_warms_up_and_follows_the_cosine():
+    config = OptimConfig(lr=1.0, schedule="cosine", final_lr_share=0.1, warmup_steps=10)
+    assert learning_rate(config, 0, 0.0) == pytest.approx(0.1)
+    assert learning_rate(config, 9, 0.0) == pytest.approx(1.0)
+    assert learning_rate(config, 99, 0.5) == pytest.approx(0.55)
+    assert learning_rate(config, 99, 1.0) == pytest.approx(0.1)
+    assert learning_rate(OptimConfig(lr=2.0, warmup_steps=0), 0, 0.9) == 2.0
+
+
+def test_weight_decay_spares_vectors_positions_and_the_head(make_model):
+    model = make_model()
+    decayed, free = build_optimizer(model, OptimConfig()).param_groups
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert decayed["weight_decay"] == 0.02
+    assert free["weight_decay"] == 0.0
+    for parameter in decayed["params"]:
+        name = names[id(parameter)]
+        assert parameter.dim() >= 2
+        assert "head" not in name
+        assert "position" not in name
+    assert len(decayed["params"]) + len(free["params"]) == len(names)
+
+
+def test_an_epoch_holds_every_clip_once_and_masks_change_with_it(prepared, text_tokenizer):
+    from mllm_audio.data.dataset import DataConfig, TrainingData
+    from mllm_audio.masking import MaskingConfig
+
+    clips = load_split(prepared, "train")
+    data = TrainingData(
+        clips=clips,
+        text_tokenizer=text_tokenizer,
+        masking=MaskingConfig(schedule="fixed", scale=0.5),
+        config=DataConfig(length_group=1),
+        batch_size=3,
+        seed=0,
+    )
+    assert sorted(i for batch in data.epoch(0) for i in batch) == list(range(len(clips)))
+    assert data.epoch(0) == data.epoch(0)
+    assert data.epoch(0) != data.epoch(1)
+    steps = data.steps(0)
+    first = [next(steps) for _ in range(5)]
+    again = next(data.steps(4))
+    assert torch.equal(first[4].latents, again.latents)
+    assert first[4].names == again.names
+    assert {batch.masking_ratio for batch in first} == {0.5}
+
+
+def test_the_exported_voice_is_the_averaged_model(uninterrupted):
+    tensors, _ = load_checkpoint(list_checkpoints(uninterrupted)[-1])
+    voice = Voice.load(uninterrupted)
+    average = tensors["ema.audio.latent_proj.weight"]
+    assert torch.equal(voice.model.audio.latent_proj.weight, average)
+    assert not torch.equal(average, tensors["model.audio.latent_proj.weight"])
+
+
+def test_log_goes_to_jsonl_and_tensorboard(uninterrupted):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(uninterrupted / "tensorboard")).Reload()
+    logged = [event.value for event in events.Scalars("train/audio_loss")]
+    torch.testing.assert_close(torch.tensor(logged), torch.tensor(losses(uninterrupted)))
+    validation = [r for r in read_log(uninterrupted) if "validation/audio_loss" in r]
+    assert [r["step"] for r in validation] == [10, 20, 20]
