@@ -32,12 +32,19 @@ def cli() -> None:
     type=click.FloatRange(min=0, min_open=True),
     help="Training time; the preset's by default.",
 )
+@click.option(
+    "--clips",
+    type=click.IntRange(min=1),
+    default=6000,
+    show_default=True,
+    help="Soundscapes to train on.",
+)
 @click.option("--seed", type=int, default=0, show_default=True)
-def demo(out: Path, minutes: float | None, seed: int) -> None:
+def demo(out: Path, minutes: float | None, clips: int, seed: int) -> None:
     """Make soundscapes, train the tiny preset on them, generate, and write OUT/report.html."""
     from mllm_audio.demo import run_demo
 
-    run_demo(out, minutes=minutes, seed=seed)
+    run_demo(out, minutes=minutes, num_train=clips, seed=seed)
 
 
 @cli.command()
@@ -165,7 +172,7 @@ def main() -> None:
     try:
         code = cli.main(standalone_mode=False)
     except click.exceptions.Abort:
-        _fail("interrupted", 130)
+        _fail("interrupted; type the same command again to continue", 130)
     except click.ClickException as error:
         _fail(" ".join(error.format_message().split()) + _hint(error), 2)
     except KeyboardInterrupt as error:

@@ -1,4 +1,4 @@
-"""`mllm-audio demo`: soundscapes, training, generation, judgement and a page to hear, in minutes."""
+"""`mllm-audio demo`: from nothing to a page of generated sounds, in minutes."""
 
 from __future__ import annotations
 
@@ -14,24 +14,27 @@ from mllm_audio.data.prepare import prepare
 from mllm_audio.data.shards import PreparedClip, load_split
 from mllm_audio.data.soundscapes import write_soundscapes
 from mllm_audio.evaluation.adherence import AdherenceReport, adherence, recognise
-from mllm_audio.evaluation.report import Pair, loss_chart, write_page
+from mllm_audio.evaluation.report import Pair, loss_chart, side_by_side, write_page
 from mllm_audio.generation.voice import Voice
 from mllm_audio.generation.write import generate_to_files
 from mllm_audio.presets import RunConfig, tiny
 from mllm_audio.run import count_parameters, train_run
 from mllm_audio.training.log import read_log
 
-NUM_TRAIN = 6000  # rendered soundscapes to train on
 NUM_HELD_OUT = 80  # captions of combinations that training never sees
 
 
-def run_demo(out: Path, *, minutes: float | None = None, seed: int = 0) -> AdherenceReport:
+def run_demo(
+    out: Path, *, minutes: float | None = None, num_train: int = 6000, seed: int = 0
+) -> AdherenceReport:
     """Run the whole demonstration in the folder `out`; it can be stopped and started again.
 
     Args:
         out: receives the run, the sounds and `report.html`.
         minutes: training time, instead of the preset's.
+        num_train: soundscapes to train on.
         seed: of the data, the weights and the samples.
+
     Returns:
         The caption adherence of the generated clips.
     """
@@ -41,11 +44,11 @@ def run_demo(out: Path, *, minutes: float | None = None, seed: int = 0) -> Adher
     if minutes is not None:
         config = replace(config, train=replace(config.train, max_minutes=minutes))
     sounds, data = out / "soundscapes", out / "data"
-    _say(1, f"rendering {NUM_TRAIN + NUM_HELD_OUT} soundscapes to {sounds}")
+    _say(1, f"rendering {num_train + NUM_HELD_OUT} soundscapes to {sounds}")
     if not (sounds / "manifest.jsonl").is_file():
         partial = sounds.with_suffix(".partial")
         shutil.rmtree(partial, ignore_errors=True)
-        write_soundscapes(partial, NUM_TRAIN, NUM_HELD_OUT, seed=seed)
+        write_soundscapes(partial, num_train, NUM_HELD_OUT, seed=seed)
         partial.rename(sounds)
     _say(2, f"encoding them to {data}")
     max_seconds = config.audio.max_seconds
@@ -64,6 +67,10 @@ def run_demo(out: Path, *, minutes: float | None = None, seed: int = 0) -> Adher
         loss_chart(records, ["train/audio_loss", "validation/audio_loss"]),
         loss_chart(records, ["train/end_loss", "validation/end_loss"]),
     ]
+    picture = side_by_side(
+        [clip for pair in pairs[:8] for clip in (pair.reference_clip, pair.generated_clip)], 4
+    )
+    picture.save(out / "spectrograms.png")
     page = out / "report.html"
     write_page(page, "mllm-audio demo", f"<p>{summary.replace(chr(10), '<br>')}</p>", charts, pairs)
     click.echo(f"{summary}\nsee and hear {page}")
@@ -105,7 +112,11 @@ def _generate(
 
 
 def _summary(
-    config: RunConfig, voice: Voice, real: AdherenceReport, generated: AdherenceReport, minutes: float
+    config: RunConfig,
+    voice: Voice,
+    real: AdherenceReport,
+    generated: AdherenceReport,
+    minutes: float,
 ) -> str:
     """Say in words what was trained and how well it follows captions."""
     parameters = count_parameters(voice.model)["total"]

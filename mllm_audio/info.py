@@ -39,7 +39,7 @@ def table(model: AudioLanguageModel, origin: str) -> str:
         origin,
         f"{model.backbone.config.model_type} backbone, width {model.backbone.config.hidden_size}; "
         f"{audio.head.name} head {audio.head.num_blocks} x {audio.head.width}; "
-        f"{audio.tokenizer} tokenizer, clips to {audio.max_seconds:g} s = {audio.max_tokens} latents",
+        f"{audio.tokenizer} tokens, clips to {audio.max_seconds:g} s = {audio.max_tokens} latents",
         *(f"{component:<{width}}  {count:>13,}" for component, count in counts.items()),
     ]
     return "\n".join(lines)

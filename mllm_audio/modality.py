@@ -93,7 +93,9 @@ class AudioModality(nn.Module):
         loudest, so that a clip where it does vary stays in range.
         """
         if not bool(std.isfinite().all()) or not float(std.max()) > 0:
-            raise ValueError(f"latent std must be finite and not all zero, found {std.tolist()[:4]} ...")
+            raise ValueError(
+                f"latent std must be finite and not all zero, found {std.tolist()[:4]} ..."
+            )
         self.latent_mean.copy_(mean)
         self.latent_std.copy_(std.clamp_min(1e-3 * float(std.max())))
 

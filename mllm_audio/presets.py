@@ -34,24 +34,27 @@ def digits() -> RunConfig:
     """Spoken digits on two CPU cores in half an hour: under 10 M parameters, clips to 1.28 s."""
     return RunConfig(
         preset="digits",
-        backbone=BackboneConfig(hidden_size=256, num_layers=6, num_heads=4, max_positions=128),
+        backbone=BackboneConfig(
+            hidden_size=256, num_layers=4, num_heads=4, max_positions=128, dropout=0.0
+        ),
         audio=AudioConfig(
             max_tokens=32,
             channel_weight_exponent=0.7,
-            head=HeadConfig(name="flow", width=512, num_blocks=3, batch_multiplier=3),
+            head=HeadConfig(name="flow", width=384, num_blocks=3, batch_multiplier=2),
         ),
-        masking=MaskingConfig(schedule="c"),
+        masking=MaskingConfig(schedule="ntp"),
         train=TrainConfig(
             num_steps=20_000,
             max_minutes=27,
-            batch_size=64,
+            batch_size=32,
             ema_decay=0.999,
-            optim=OptimConfig(lr=1e-3, schedule="cosine", warmup_steps=200, max_grad_norm=1.0),
+            optim=OptimConfig(lr=1e-3, schedule="cosine", warmup_steps=100, max_grad_norm=1.0),
         ),
         generation=GenerationConfig(
             num_inference_steps=20,
-            guidance_scale=3.0,
+            guidance_scale=2.0,
             guidance_schedule="constant",
+            temperature=0.7,
             end_threshold=0.5,
         ),
     )
@@ -63,8 +66,8 @@ def tiny() -> RunConfig:
     return replace(
         base,
         preset="tiny",
-        backbone=replace(base.backbone, hidden_size=192, num_layers=4, max_positions=160),
-        audio=replace(base.audio, max_tokens=64, head=replace(base.audio.head, width=384)),
+        backbone=replace(base.backbone, max_positions=160),
+        audio=replace(base.audio, max_tokens=64),
         train=replace(base.train, max_minutes=7),
     )
 

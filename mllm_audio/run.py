@@ -96,16 +96,17 @@ def fit_to_data(
         found, expected = getattr(tokenizer, key), getattr(config.audio, key)
         if found != expected:
             raise ValueError(
-                f"{data} holds {tokenizer.spec} latents with {key} {found}, audio.{key} is {expected}; "
-                f"set audio.{key}={found}, or prepare again with another tokenizer"
+                f"{data} holds {tokenizer.spec} latents with {key} {found}, audio.{key} is "
+                f"{expected}; set audio.{key}={found}, "
+                f"or prepare again with another tokenizer"
             )
     longest = max(clips, key=lambda clip: clip.num_tokens)
     if longest.num_tokens > config.audio.max_tokens:
         seconds = config.audio.max_seconds
         raise ValueError(
             f"{longest.name} has {longest.num_tokens} latents, the model takes audio.max_tokens="
-            f"{config.audio.max_tokens}; set audio.max_tokens={longest.num_tokens}, or prepare with "
-            f"--max-seconds {seconds:g}"
+            f"{config.audio.max_tokens}; set audio.max_tokens={longest.num_tokens}, or prepare "
+            f"with --max-seconds {seconds:g}"
         )
     audio = replace(
         config.audio, tokenizer=tokenizer.spec, tokenizer_fingerprint=tokenizer.fingerprint

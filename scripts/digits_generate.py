@@ -19,7 +19,9 @@ def main() -> None:
     """Generate the clips of every (speaker, digit) in turn until there are `--count`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="folder of a trained digits run")
-    parser.add_argument("--captions", type=Path, required=True, help="names the speakers and digits")
+    parser.add_argument(
+        "--captions", type=Path, required=True, help="names the speakers and digits"
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)

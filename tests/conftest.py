@@ -36,7 +36,12 @@ def test_run_config(**train):
     return replace(
         config,
         backbone=replace(
-            config.backbone, hidden_size=32, num_layers=2, num_heads=2, max_positions=64, dropout=0.1
+            config.backbone,
+            hidden_size=32,
+            num_layers=2,
+            num_heads=2,
+            max_positions=64,
+            dropout=0.1,
         ),
         audio=replace(
             config.audio, max_tokens=16, head=replace(config.audio.head, width=32, num_blocks=1)

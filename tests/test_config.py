@@ -38,7 +38,10 @@ def test_override_sets_one_value(assignment, read, value):
         ("train=3", "train is a section, set one of its keys"),
         ("train.num_steps.x=3", "'num_steps' is a value, not a section"),
         ("train.precision=fp8", "unknown precision 'fp8'"),
-        ("train.optim.schedule=step", "unknown lr schedule 'step', expected one of constant, cosine"),
+        (
+            "train.optim.schedule=step",
+            "unknown lr schedule 'step', expected one of constant, cosine",
+        ),
         ("train.optim.lr=-1", "lr=-1.0 must be positive"),
         ("backbone.family=gpt3", "unknown backbone family 'gpt3'; did you mean 'gpt2'"),
         ("backbone.num_heads=5", "is not a multiple of backbone.num_heads=5"),

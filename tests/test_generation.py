@@ -94,7 +94,9 @@ def force_end(model, logit: float) -> None:
         model.audio.end_of_audio.bias.fill_(logit)
 
 
-def test_the_end_is_decided_at_whole_columns_between_the_guards(make_model, text_tokenizer, special):
+def test_the_end_is_decided_at_whole_columns_between_the_guards(
+    make_model, text_tokenizer, special
+):
     model = make_model()
     config = replace(CONFIG, seconds=None, min_seconds=0.32)
     force_end(model, 50.0)

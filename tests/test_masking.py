@@ -21,11 +21,13 @@ def test_kept_positions_are_an_exact_count_of_increasing_positions():
     for num_tokens in (1, 4, 13, 256):
         for ratio in (0.0, 0.1, 0.5, 0.7, 0.99, 1.0):
             kept = sample_kept_positions(num_tokens, ratio, generator)
-            assert len(kept) == num_kept(num_tokens, ratio) == max(
-                1, num_tokens - round(ratio * num_tokens)
+            assert (
+                len(kept)
+                == num_kept(num_tokens, ratio)
+                == max(1, num_tokens - round(ratio * num_tokens))
             )
             assert bool((kept.diff() > 0).all())
-            assert 0 <= int(kept[0]) and int(kept[-1]) < num_tokens
+            assert int(kept[0]) >= 0 and int(kept[-1]) < num_tokens
 
 
 def test_ratio_zero_keeps_everything_and_draws_nothing():
@@ -69,9 +71,9 @@ def test_schedule_c_is_an_equal_mixture_of_a_and_b():
     drawn = torch.tensor([sample_ratio(config, generator) for _ in range(4000)])
     grid = [(i + 0.5) / 2000 for i in range(2000)]
     for threshold in (0.2, 0.4, 0.6, 0.8):
-        expected = sum(
-            sum(SCHEDULES[part](u) < threshold for u in grid) / len(grid) for part in "ab"
-        ) / 2
+        expected = (
+            sum(sum(SCHEDULES[part](u) < threshold for u in grid) / len(grid) for part in "ab") / 2
+        )
         assert float((drawn < threshold).float().mean()) == pytest.approx(expected, abs=0.03)
 
 
@@ -87,7 +89,9 @@ def test_fixed_and_uniform_are_the_papers_ablations():
 
 
 def test_unknown_schedule_names_the_nearest():
-    with pytest.raises(ValueError, match="unknown masking schedule 'unifrom'; did you mean 'uniform'"):
+    with pytest.raises(
+        ValueError, match="unknown masking schedule 'unifrom'; did you mean 'uniform'"
+    ):
         MaskingConfig(schedule="unifrom")
     with pytest.raises(ValueError, match=r"masking.scale=1.5 must lie in \[0, 1\]"):
         MaskingConfig(scale=1.5)

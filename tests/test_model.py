@@ -57,7 +57,9 @@ def plain_ntp_batch(tokenizer, special, rows) -> Batch:
         content_positions=torch.cat([torch.arange(len(a.latents)) for _, a in rows]),
         target_positions=torch.cat([torch.arange(len(a.latents) + 1) for _, a in rows]),
         target_latents=torch.cat([torch.cat([a.latents, zero]) for _, a in rows]),
-        target_is_end=torch.cat([torch.arange(len(a.latents) + 1) == len(a.latents) for _, a in rows]),
+        target_is_end=torch.cat(
+            [torch.arange(len(a.latents) + 1) == len(a.latents) for _, a in rows]
+        ),
         unconditional=torch.zeros(len(rows), dtype=torch.bool),
         masking_ratio=0.0,
         names=("a", "b", "c"),
@@ -205,7 +207,9 @@ def test_every_audio_parameter_has_a_gradient_with_and_without_audio(
     make_model, text_tokenizer, special
 ):
     model = make_model()
-    model(collate(clip_rows(text_tokenizer), "abc", special, unconditional=[True, False, False])).total.backward()
+    model(
+        collate(clip_rows(text_tokenizer), "abc", special, unconditional=[True, False, False])
+    ).total.backward()
     assert all(p.grad is not None for p in model.audio.parameters())
     model.zero_grad()
     text_only = collate([[Text(prompt_ids(text_tokenizer, "a low beep"))]], ["t"], special)
@@ -238,16 +242,18 @@ def test_damaged_checkpoints_are_refused_in_one_line(make_model, tmp_path):
     weights = tmp_path / "model.safetensors"
     tensors = load_file(weights)
     save_file({k: v for k, v in tensors.items() if k != "audio.null_prompt"}, weights)
-    with pytest.raises(ValueError, match="1 tensors missing \\['audio.null_prompt'\\], 0 unknown"):
+    with pytest.raises(ValueError, match=r"1 tensors missing \['audio.null_prompt'\], 0 unknown"):
         AudioLanguageModel.from_pretrained(tmp_path)
     save_file(tensors | {"audio.null_prompt": torch.zeros(2, 32)}, weights)
-    with pytest.raises(ValueError, match=r"audio.null_prompt is \(2, 32\), config.json says \(1, 32\)"):
+    with pytest.raises(
+        ValueError, match=r"audio.null_prompt is \(2, 32\), config.json says \(1, 32\)"
+    ):
         AudioLanguageModel.from_pretrained(tmp_path)
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(ValueError, match="is not a whole safetensors file"):
         AudioLanguageModel.from_pretrained(tmp_path)
     weights.unlink()
-    with pytest.raises(ValueError, match="found no model.safetensors"):
+    with pytest.raises(ValueError, match=r"found no model\.safetensors"):
         AudioLanguageModel.from_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     del config["audio"]

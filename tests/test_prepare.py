@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import multiprocessing
 import os
@@ -23,6 +24,7 @@ import soundfile
 import torch
 
 import mllm_audio.data.prepare as prepare_module
+from mllm_audio import wav
 from mllm_audio.data.manifest import read_manifest, with_validation
 from mllm_audio.data.prepare import prepare
 from mllm_audio.data.shards import load_split, read_index
@@ -190,8 +192,8 @@ def test_latents_equal_the_tokenizer_and_statistics_a_direct_computation(tmp_pat
     assert train[0].extra == {"note": "x"}
     tokenizer = load_tokenizer("dct")
     for clip in [*train, *validation]:
-        waveform = prepare_module.wav.read(tmp_path / clip.name, tokenizer.sample_rate).waveform
-        waveform = prepare_module.wav.normalize_level(waveform)
+        waveform = wav.read(tmp_path / clip.name, tokenizer.sample_rate).waveform
+        waveform = wav.normalize_level(waveform)
         torch.testing.assert_close(
             clip.latents(), tokenizer.encode(waveform[None])[0].half().float(), rtol=2e-3, atol=1e-4
         )
@@ -311,29 +313,40 @@ def test_all_rows_rejected_is_an_error(tmp_path):
 # Resuming
 
 
-def start(manifest, out, options):
-    """Begin a slow run in a process of its own; return once it has finished two shards."""
-    script = (
-        "import sys, time\n"
-        "import mllm_audio.data.prepare as p\n"
-        "read = p.wav.read\n"
-        "p.wav.read = lambda *args: (time.sleep(0.02), read(*args))[1]\n"
-        "if __name__ == '__main__':\n"
-        f"    p.prepare(sys.argv[1], sys.argv[2], 'dct', progress=False, {options})\n"
-    )
-    path = manifest.parent / "slow.py"
-    path.write_text(script)
+# The command line with slow workers, which say when they begin to import.
+SLOW = """
+import pathlib, sys, time
+if __name__ == "__mp_main__":
+    pathlib.Path(__file__).with_name("importing").touch()
+    time.sleep(0.2)
+from mllm_audio import wav
+read = wav.read
+wav.read = lambda *args: (time.sleep(0.04), read(*args))[1]
+if __name__ == "__main__":
+    from mllm_audio.cli import main
+    main()
+"""
+
+
+def start(manifest, out, until, **options):
+    """Begin a slow run of the command line in a session of its own; return when `until()`."""
+    script = manifest.with_name("slow.py")
+    script.write_text(SLOW)
+    arguments = ["prepare", str(manifest), "--out", str(out), "--tokenizer", "dct"]
+    for name, value in options.items():
+        arguments += ["--" + name.replace("_", "-"), str(value)]
     root = Path(prepare_module.__file__).parents[2]
     process = subprocess.Popen(
-        [sys.executable, str(path), str(manifest), str(out)],
+        [sys.executable, str(script), *arguments],
         env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
         start_new_session=True,
         stderr=subprocess.PIPE,
+        text=True,
     )
     deadline = time.monotonic() + 60
-    while len(list((out / "records").glob("*.json"))) < 2:
-        assert process.poll() is None, process.stderr.read().decode()
-        assert time.monotonic() < deadline, "no shard was finished in a minute"
+    while not until():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline, "the run did not get there in a minute"
         time.sleep(0.005)
     return process
 
@@ -350,30 +363,77 @@ def members(session):
 
 
 @pytest.mark.parametrize(
-    ("sent", "num_workers"), [(signal.SIGKILL, 0), (signal.SIGKILL, 2), (signal.SIGINT, 1)]
+    ("sent", "while_importing"),
+    [(signal.SIGKILL, False), (signal.SIGINT, False), (signal.SIGINT, True)],
 )
-def test_killed_and_resumed_equals_uninterrupted(tmp_path, sent, num_workers):
-    manifest = tones(tmp_path, 80)
+def test_killed_and_resumed_equals_uninterrupted(tmp_path, sent, while_importing):
+    manifest = tones(tmp_path, 40)
     (tmp_path / "33.wav").write_bytes(b"broken")
     options = {"shard_size": 4, "seed": 3, "crop": "random", "max_seconds": 0.3}
     out = tmp_path / "out"
-    process = start(manifest, out, f"num_workers={num_workers}, **{options}")
-    process.send_signal(sent)
-    process.communicate(timeout=30)
-    assert process.returncode == -sent
+
+    def until():
+        if while_importing:
+            return (tmp_path / "importing").exists()
+        return len(list((out / "records").glob("*.json"))) >= 2
+
+    process = start(manifest, out, until, num_workers=1, **options)
+    if sent == signal.SIGINT:  # a terminal sends Ctrl-C to parent and workers
+        os.killpg(process.pid, sent)
+    else:
+        process.send_signal(sent)
+    _, stderr = process.communicate(timeout=30)
+    if sent == signal.SIGINT:
+        assert process.returncode == 130
+        assert stderr.splitlines()[-1].startswith("error: interrupted")
+        assert "Traceback" not in stderr
+    else:
+        assert process.returncode == -sent
     deadline = time.monotonic() + 20
     while members(process.pid):
-        assert time.monotonic() < deadline, "workers outlived the killed parent"
+        assert time.monotonic() < deadline, "workers outlived the parent"
         time.sleep(0.05)
     with pytest.raises(ValueError, match=r"is not complete; finish it with `mllm-audio prepare "):
         load_split(out, "train")
     kept = {path: path.stat().st_mtime_ns for path in (out / "records").glob("*.json")}
-    assert 2 <= len(kept) < 20
+    assert (0 if while_importing else 2) <= len(kept) < 10
     assert not run(manifest, out, **options).already_complete
     assert kept.items() <= {p: p.stat().st_mtime_ns for p in (out / "records").iterdir()}.items()
     run(manifest, tmp_path / "whole", **options)
     assert contents(out) == contents(tmp_path / "whole")
     assert not list(out.rglob("*.tmp"))
+
+
+class Crash(BaseException):
+    """Ends a run as a kill does: nothing may catch it."""
+
+
+def test_crash_at_any_write_and_resumed_equals_uninterrupted(tmp_path, monkeypatch):
+    manifest = tones(tmp_path, 2)
+    run(manifest, tmp_path / "whole", shard_size=1)
+    fsync = os.fsync
+
+    def crash_at(call):
+        calls = itertools.count()
+
+        def crash(descriptor):
+            if next(calls) == call:
+                raise Crash
+            fsync(descriptor)
+
+        return crash
+
+    # Each file syncs itself, then its folder: the index, three files of each shard, the
+    # rejected rows, the index again.
+    for call in range(2 * (1 + 2 * 3 + 1 + 1)):
+        out = tmp_path / f"out{call}"
+        monkeypatch.setattr(os, "fsync", crash_at(call))
+        with pytest.raises(Crash):
+            run(manifest, out, shard_size=1)
+        monkeypatch.undo()
+        run(manifest, out, shard_size=1)
+        assert contents(out) == contents(tmp_path / "whole")
+        assert not list(out.rglob("*.tmp"))
 
 
 def test_parallel_equals_serial(tmp_path):

@@ -28,7 +28,9 @@ from mllm_audio.training.trainer import TrainingStoppedError
 
 GOLDEN = Path(__file__).parent / "golden" / "tiny_losses.json"
 CONFIG = replace(
-    test_run_config(num_steps=20, log_every=1, validate_every=10, save_every=5, precision="float32"),
+    test_run_config(
+        num_steps=20, log_every=1, validate_every=10, save_every=5, precision="float32"
+    ),
     generation=replace(test_run_config().generation, num_inference_steps=2),
 )
 
@@ -52,15 +54,17 @@ def test_twenty_steps_give_the_golden_losses(uninterrupted):
     torch.testing.assert_close(torch.tensor(found), torch.tensor(golden), rtol=1e-3, atol=1e-4)
 
 
-def test_a_resumed_run_has_the_losses_and_weights_of_an_uninterrupted_one(
-    prepared, uninterrupted, tmp_path
-):
-    train_run(override(CONFIG, ["train.num_steps=7"]), prepared, tmp_path)
-    assert len(losses(tmp_path)) == 7
-    train_run(CONFIG, prepared, tmp_path)
-    assert losses(tmp_path) == losses(uninterrupted)
-    first, _ = load_checkpoint(list_checkpoints(uninterrupted)[-1])
-    second, _ = load_checkpoint(list_checkpoints(tmp_path)[-1])
+def test_a_lengthened_run_has_the_losses_and_weights_of_an_uninterrupted_one(prepared, tmp_path):
+    # At a constant learning rate: a cosine follows the length of the run.
+    constant = override(CONFIG, ["train.optim.schedule=constant"])
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train_run(constant, prepared, whole)
+    train_run(override(constant, ["train.num_steps=7"]), prepared, parts)
+    assert len(losses(parts)) == 7
+    train_run(constant, prepared, parts)
+    assert losses(parts) == losses(whole)
+    first, _ = load_checkpoint(list_checkpoints(whole)[-1])
+    second, _ = load_checkpoint(list_checkpoints(parts)[-1])
     assert first.keys() == second.keys()
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
@@ -74,7 +78,14 @@ def test_kill_nine_resumes_from_the_last_checkpoint_onto_the_same_losses(
         "from pathlib import Path; from mllm_audio.run import train_run; "
         "train_run(CONFIG, Path(sys.argv[2]), Path(sys.argv[3]))"
     )
-    command = [sys.executable, "-c", script, str(Path(__file__).parent), str(prepared), str(tmp_path)]
+    command = [
+        sys.executable,
+        "-c",
+        script,
+        str(Path(__file__).parent),
+        str(prepared),
+        str(tmp_path),
+    ]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not list_checkpoints(tmp_path) and time.monotonic() < deadline:
@@ -104,6 +115,9 @@ def test_interrupt_saves_the_step_it_stopped_after(prepared, uninterrupted, tmp_
     monkeypatch.setattr(trainer, "check_finite", original)
     train_run(CONFIG, prepared, tmp_path)
     assert losses(tmp_path) == losses(uninterrupted)
+    first, _ = load_checkpoint(list_checkpoints(uninterrupted)[-1])
+    second, _ = load_checkpoint(list_checkpoints(tmp_path)[-1])
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
 def test_a_run_folder_refuses_another_configuration(prepared, uninterrupted):
@@ -122,7 +136,9 @@ def test_a_nan_stops_with_the_file_names_and_leaves_the_weights(prepared, tmp_pa
         return value * float("nan") if len(calls) == 3 else value
 
     monkeypatch.setattr(AudioModality, "loss", poisoned)
-    with pytest.raises(TrainingStoppedError, match=r"step 3: loss nan.* on: \d+.wav, .*lower train"):
+    with pytest.raises(
+        TrainingStoppedError, match=r"step 3: loss nan.* on: \d+.wav, .*lower train"
+    ):
         train_run(override(CONFIG, ["train.save_every=1"]), prepared, tmp_path)
     tensors, state = load_checkpoint(list_checkpoints(tmp_path)[-1])
     assert state["step"] == 2

@@ -7,38 +7,20 @@ the next run with the same arguments keeps the finished shards, and the result i
 
 from __future__ import annotations
 
-import json
-import multiprocessing
-import os
-import signal
-import threading
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from multiprocessing.connection import wait
-from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from mllm_audio import wav
-from mllm_audio.config import from_dict, to_dict
-from mllm_audio.data import shards
-from mllm_audio.data.manifest import (
-    SPLITS,
-    ManifestRow,
-    hash_fraction,
-    read_manifest,
-    with_validation,
-)
-from mllm_audio.data.shards import PrepareSettings, ShardIndex, ShardInfo, TokenizerInfo
+from mllm_audio.data import encode, shards
+from mllm_audio.data.encode import Job, Part
+from mllm_audio.data.files import encode_lines, file_sha256, write_atomic
+from mllm_audio.data.manifest import SPLITS, read_manifest, with_validation
+from mllm_audio.data.shards import PrepareSettings, ShardIndex, TokenizerInfo
+from mllm_audio.data.workers import encode_in_workers
 from mllm_audio.tokenizers import load_tokenizer
 from mllm_audio.tokenizers.base import AudioTokenizer
-
-Part = tuple[int, list[ManifestRow]]  # number of a shard, and its rows
-FLOAT16_MAX = torch.finfo(torch.float16).max
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,38 +42,6 @@ class PrepareReport:
         if self.num_rejected:
             text += f"; {self.num_rejected} rows rejected, see {self.rejected_path}"
         return text
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Rejection:
-    line: int  # of the manifest
-    audio: str
-    reason: str
-    stamp: int | None  # of the file when it was rejected: a repaired file is tried again
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Record:
-    """What `records/*.json` keeps of a finished shard."""
-
-    shard: ShardInfo
-    counts: dict[str, int]  # clips per split
-    rejected: tuple[_Rejection, ...]
-    num_train_tokens: int
-    # (D,) of the train latents. Sums of squares are safe here: a float16 squared has 22
-    # significant bits, float64 holds 53.
-    total: tuple[float, ...]
-    total_square: tuple[float, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Job:
-    """All that a worker needs beside its rows."""
-
-    out: Path
-    audio_folder: Path  # where the manifest's paths start
-    tokenizer_spec: str
-    settings: PrepareSettings
 
 
 def prepare(
@@ -148,12 +98,8 @@ def prepare(
     rows = with_validation(read_manifest(manifest), validation_share)
     tokenizer = load_tokenizer(tokenizer_spec)
     index = _open_folder(out, _plan(manifest, len(rows), tokenizer_spec, tokenizer, settings))
-    job = _Job(
-        out=out,
-        audio_folder=manifest.parent,
-        tokenizer_spec=tokenizer_spec,
-        settings=settings,
-    )
+    audio_folder = manifest.parent
+    job = Job(out=out, audio_folder=audio_folder, tokenizer_spec=tokenizer_spec, settings=settings)
     starts = range(0, len(rows), shard_size)
     parts = [(number, rows[i : i + shard_size]) for number, i in enumerate(starts)]
     todo: list[Part] = []
@@ -164,9 +110,9 @@ def prepare(
             else:
                 todo.append(part)
         if num_workers:
-            _encode_in_workers(job, todo, num_workers, bar.update)
+            encode_in_workers(job, todo, num_workers, bar.update)
         else:
-            _encode_here(job, todo, tokenizer, bar.update)
+            encode.encode_parts(job, todo, tokenizer, bar.update)
     already_complete = index.complete and not todo
     if not already_complete:
         index = _finish(out, index, len(parts))
@@ -189,7 +135,7 @@ def _plan(
 ) -> ShardIndex:
     return ShardIndex(
         manifest=str(manifest),
-        manifest_sha256=shards.file_sha256(manifest),
+        manifest_sha256=file_sha256(manifest),
         num_rows=num_rows,
         tokenizer=TokenizerInfo(
             spec=tokenizer_spec,
@@ -241,188 +187,27 @@ def _check_same(out: Path, found: ShardIndex, asked: ShardIndex) -> None:
         )
 
 
-def _is_finished(job: _Job, number: int) -> bool:
-    path = _record_path(job.out, number)
+def _is_finished(job: Job, number: int) -> bool:
+    path = encode.record_path(job.out, number)
     if not path.is_file():
         return False
     try:
-        record = _read_record(path)
+        record = encode.read_record(path)
     except (ValueError, TypeError):  # damaged on disk: as good as missing
         return False
-    unchanged = all(_stamp(job.audio_folder / r.audio) == r.stamp for r in record.rejected)
-    return unchanged and shards.find_damage(job.out, record.shard) is None
-
-
-def _encode_here(
-    job: _Job, todo: Sequence[Part], tokenizer: AudioTokenizer, advance: Callable[[], Any]
-) -> None:
-    num_threads = torch.get_num_threads()
-    # One thread, as in a worker: sums split over threads differ in their last bits.
-    torch.set_num_threads(1)
-    try:
-        for part in todo:
-            _encode_shard(job, part, tokenizer, advance)
-    finally:
-        torch.set_num_threads(num_threads)
-
-
-def _encode_in_workers(
-    job: _Job, todo: Sequence[Part], num_workers: int, advance: Callable[[int], Any]
-) -> None:
-    # Spawned, not forked: a fork copies the locks of torch's threads, which no longer run.
-    context = multiprocessing.get_context("spawn")
-    num_workers = min(num_workers, len(todo))
-    counts = context.RawArray("q", num_workers)  # one slot per writer, so no lock is needed
-    failures = context.SimpleQueue()
-    workers: list[BaseProcess] = [
-        context.Process(
-            target=_work, args=(job, todo[i::num_workers], counts, i, failures), daemon=True
-        )
-        for i in range(num_workers)
-    ]
-    seen = 0
-    try:
-        for worker in workers:
-            worker.start()
-        while True:
-            running = [worker.sentinel for worker in workers if worker.is_alive()]
-            advance(sum(counts) - seen)
-            seen = sum(counts)
-            if not failures.empty():
-                raise failures.get()
-            for worker in workers:
-                if worker.exitcode:
-                    raise RuntimeError(
-                        f"a worker process ended with exit code {worker.exitcode}, expected 0 "
-                        "(-9 is often a lack of memory); run the same command with fewer workers, "
-                        "finished shards are kept"
-                    )
-            if not running:
-                return
-            wait(running, timeout=0.2)
-    finally:
-        for worker in workers:
-            if worker.is_alive():
-                worker.terminate()
-                worker.join()
-
-
-def _work(job: _Job, todo: Sequence[Part], counts: Any, slot: int, failures: Any) -> None:
-    """Encode shards in a process of its own."""
-    # Ctrl-C reaches the whole process group; the parent alone answers it and ends the workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-
-    def advance() -> None:
-        counts[slot] += 1
-
-    try:
-        _encode_here(job, todo, load_tokenizer(job.tokenizer_spec), advance)
-    except Exception as error:
-        failures.put(error)
-
-
-def _exit_with_parent() -> None:
-    """End this process when the parent was killed, which ends no worker by itself."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _encode_shard(
-    job: _Job, part: Part, tokenizer: AudioTokenizer, advance: Callable[[], Any]
-) -> None:
-    """Encode the rows of one shard and write it, its record last."""
-    number, candidates = part
-    rows, clips, num_samples, rejected = [], [], [], []
-    total = torch.zeros(tokenizer.latent_dim, dtype=torch.float64)  # (D,)
-    total_square = total.clone()  # (D,)
-    num_train_tokens = 0
-    for row in candidates:
-        path = job.audio_folder / row.audio
-        stamp = _stamp(path)
-        try:
-            waveform = _load(row, path, tokenizer.sample_rate, job.settings)  # (S,)
-            latents = _encode(tokenizer, waveform)  # (N, D) float16
-        except _RejectedError as error:
-            rejected.append(
-                _Rejection(line=row.line, audio=row.audio, reason=str(error), stamp=stamp)
-            )
-        else:
-            rows.append(row)
-            clips.append(latents)
-            num_samples.append(len(waveform))
-            if row.split == "train":
-                # Of the stored values, so that the statistics are those of what training reads.
-                values = latents.double()  # (N, D)
-                total += values.sum(0)
-                total_square += values.square().sum(0)
-                num_train_tokens += len(values)
-        advance()
-    record = _Record(
-        shard=shards.write_shard(job.out, number, rows, clips, num_samples, tokenizer.latent_dim),
-        counts={split: sum(row.split == split for row in rows) for split in SPLITS},
-        rejected=tuple(rejected),
-        num_train_tokens=num_train_tokens,
-        total=tuple(total.tolist()),
-        total_square=tuple(total_square.tolist()),
+    unchanged = all(
+        encode.file_stamp(job.audio_folder / r.audio) == r.stamp for r in record.rejected
     )
-    shards.write_atomic(_record_path(job.out, number), json.dumps(to_dict(record)).encode())
-
-
-class _RejectedError(Exception):
-    """A sound file that cannot be used; the text says why."""
-
-
-def _load(row: ManifestRow, path: Path, sample_rate: int, settings: PrepareSettings) -> Tensor:
-    """Read, check, crop and level one file: (S,) float32."""
-    try:
-        seconds = wav.info(path).seconds
-        if seconds > settings.longest_file_seconds:
-            limit = settings.longest_file_seconds
-            raise _RejectedError(f"too long: {seconds:.1f} s, longest_file_seconds is {limit:g}")
-        waveform = wav.read(path, sample_rate).waveform  # (S,)
-    except (ValueError, OSError) as error:
-        raise _RejectedError(str(error)) from error
-    if not len(waveform):
-        raise _RejectedError(f"{path} holds no samples at {sample_rate} Hz: too short")
-    num_kept = max(1, round(settings.max_seconds * sample_rate))
-    surplus = len(waveform) - num_kept
-    if surplus > 0:
-        if settings.crop == "reject":
-            seconds = len(waveform) / sample_rate
-            raise _RejectedError(
-                f"too long: {seconds:.2f} s, max_seconds is {settings.max_seconds:g}"
-            )
-        start = 0
-        if settings.crop == "random":
-            start = int(hash_fraction(f"{settings.seed}\0{row.audio}") * (surplus + 1))
-        waveform = waveform[start : start + num_kept]
-    return wav.normalize_level(waveform)
-
-
-def _encode(tokenizer: AudioTokenizer, waveform: Tensor) -> Tensor:
-    """Encode (S,) to (N, D) float16, refusing what float16 cannot hold."""
-    with torch.inference_mode():
-        latents = tokenizer.encode(waveform[None])[0].cpu()  # (N, D)
-    if not torch.isfinite(latents).all():
-        raise _RejectedError("its latents are not finite")
-    largest = latents.abs().max().item()
-    if largest > FLOAT16_MAX:
-        raise _RejectedError(f"its latents reach {largest:.4g}, float16 holds {FLOAT16_MAX:.0f}")
-    return latents.half()
+    return unchanged and shards.find_damage(job.out, record.shard) is None
 
 
 def _finish(out: Path, index: ShardIndex, num_shards: int) -> ShardIndex:
     """Write rejected.jsonl and the completed index from the records of all shards."""
-    records = [_read_record(_record_path(out, number)) for number in range(num_shards)]
+    records = [encode.read_record(encode.record_path(out, number)) for number in range(num_shards)]
     rejected = [r for record in records for r in record.rejected]
-    shards.write_atomic(
+    write_atomic(
         out / "rejected.jsonl",
-        shards.encode_lines(
-            [{"audio": r.audio, "reason": r.reason, "line": r.line} for r in rejected]
-        ),
+        encode_lines([{"audio": r.audio, "reason": r.reason, "line": r.line} for r in rejected]),
     )
     counts = {split: sum(record.counts[split] for record in records) for split in SPLITS}
     if not counts["train"]:
@@ -447,20 +232,3 @@ def _finish(out: Path, index: ShardIndex, num_shards: int) -> ShardIndex:
     )
     shards.write_index(out, index)
     return index
-
-
-def _record_path(out: Path, number: int) -> Path:
-    return out / "records" / f"{number:05d}.json"
-
-
-def _read_record(path: Path) -> _Record:
-    record: _Record = from_dict(_Record, json.loads(path.read_text(encoding="utf-8")), str(path))
-    return record
-
-
-def _stamp(path: Path) -> int | None:
-    """Return when the file last changed in any way, None if it cannot be seen."""
-    try:
-        return path.stat().st_ctime_ns
-    except (OSError, ValueError):
-        return None

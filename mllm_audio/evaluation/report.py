@@ -18,14 +18,24 @@ from mllm_audio.types import Clip
 
 # Dark to bright through blue, magenta and orange: perceptually ordered, readable in grey.
 _COLOURS = np.array(
-    [[0, 0, 4], [40, 11, 84], [101, 21, 110], [159, 42, 99], [212, 72, 66], [245, 125, 21], [252, 255, 164]]
+    [
+        [0, 0, 4],
+        [40, 11, 84],
+        [101, 21, 110],
+        [159, 42, 99],
+        [212, 72, 66],
+        [245, 125, 21],
+        [252, 255, 164],
+    ]
 )
 _FLOOR, _CEILING = -9.0, 1.5  # natural log of mel magnitude shown as black and as brightest
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}
-table{border-collapse:collapse;width:100%}td,th{padding:.4em .6em;vertical-align:top;text-align:left}
+table{border-collapse:collapse;width:100%}
+td,th{padding:.4em .6em;vertical-align:top;text-align:left}
 tr{border-top:1px solid #ddd}img{width:100%;height:110px;image-rendering:auto;display:block}
-audio{width:100%;height:32px}.wrong{color:#b00}.right{color:#070}code{background:#f3f3f3;padding:0 .3em}
+audio{width:100%;height:32px}.wrong{color:#b00}.right{color:#070}
+code{background:#f3f3f3;padding:0 .3em}
 svg{background:#fafafa;border:1px solid #ddd;margin-right:1em}
 """
 
@@ -63,9 +73,7 @@ def side_by_side(clips: Sequence[Clip], columns: int, gap: int = 6) -> Image.Ima
         pictures.append(spectrogram(Clip(waveform, clip.sample_rate)))
     width, height = pictures[0].size
     rows = -(-len(pictures) // columns)
-    sheet = Image.new(
-        "RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white"
-    )
+    sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
     for index, picture in enumerate(pictures):
         sheet.paste(picture, (index % columns * (width + gap), index // columns * (height + gap)))
     return sheet
@@ -84,15 +92,20 @@ def loss_chart(records: Iterable[dict[str, float]], names: Sequence[str]) -> str
         points = [(r["step"] / last * 440 + 40, r[name] / top) for r in records if name in r]
         path = " ".join(f"{x:.1f},{190 - 170 * min(y, 1.05):.1f}" for x, y in points)
         lines.append(f'<polyline fill="none" stroke="{colour}" points="{path}"/>')
-        legend.append(f'<text x="{60 + 150 * index}" y="14" fill="{colour}">{html.escape(name)}</text>')
+        legend.append(
+            f'<text x="{60 + 150 * index}" y="14" fill="{colour}">{html.escape(name)}</text>'
+        )
     axes = (
         f'<text x="2" y="24">{top:.2g}</text><text x="20" y="192">0</text>'
-        f'<text x="430" y="208">step {last:.0f}</text><path d="M40 20V190H480" fill="none" stroke="#888"/>'
+        f'<text x="430" y="208">step {last:.0f}</text>'
+        f'<path d="M40 20V190H480" fill="none" stroke="#888"/>'
     )
     return f'<svg width="500" height="215" font-size="12">{axes}{"".join(lines + legend)}</svg>'
 
 
-def write_page(path: Path, title: str, summary: str, charts: Sequence[str], pairs: Sequence[Pair]) -> None:
+def write_page(
+    path: Path, title: str, summary: str, charts: Sequence[str], pairs: Sequence[Pair]
+) -> None:
     """Write the HTML report; `summary` and `charts` are HTML, everything else is escaped."""
     rows = "".join(_row(path.parent, pair) for pair in pairs)
     page = (

@@ -65,6 +65,10 @@ class TrainConfig:
                 raise ValueError(f"train.{name}={getattr(self, name)} must be at least 1")
 
 
+# Progress by steps or by time, whichever is further.
+BAR_FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
+
+
 class TrainingStoppedError(RuntimeError):
     """Training met numbers it must not continue from."""
 
@@ -92,9 +96,7 @@ def train(
     """
     step, seconds = resume(engine, run)
     log = TrainLog(run, first_step=step + 1)
-    bar = tqdm(
-        total=config.num_steps, initial=step, desc="training", unit="step", dynamic_ncols=True
-    )
+    bar = tqdm(total=1.0, desc="training", bar_format=BAR_FORMAT, dynamic_ncols=True)
     started, steps = time.monotonic() - seconds, data.steps(step)
 
     def save() -> None:
@@ -114,9 +116,9 @@ def train(
             result = engine.train_step(batch, lr, step, seeded("noise", config.seed, step))
             check_finite(result, batch, step)
             step += 1
-            bar.update()
+            bar.update(now - bar.n)
             if step % config.log_every == 0 or step == 1:
-                bar.set_postfix(loss=f"{result.losses.audio:.3f}")
+                bar.set_postfix(step=step, loss=f"{result.losses.audio:.3f}")
                 log.write(step, record(result, batch, lr, time.monotonic() - started))
             if validation is not None and step % config.validate_every == 0:
                 log.write(step, validate(engine, validation, config))
@@ -179,9 +181,10 @@ def check_range(engine: SingleProcessEngine, batch: Batch, limit: float) -> None
 
 def check_finite(result: StepResult, batch: Batch, step: int) -> None:
     """Stop at the first loss or gradient that is not a number, before it reached the weights."""
-    if not (bool(torch.isfinite(result.losses.total)) and bool(torch.isfinite(result.grad_norm))):
+    loss = result.losses.total.detach()
+    if not (bool(torch.isfinite(loss)) and bool(torch.isfinite(result.grad_norm))):
         raise TrainingStoppedError(
-            f"step {step + 1}: loss {float(result.losses.total):.4g}, gradient norm "
+            f"step {step + 1}: loss {float(loss):.4g}, gradient norm "
             f"{float(result.grad_norm):.4g}, on: {name_list(batch)}; check these files, or lower "
             "train.optim.lr; the run resumes from its last checkpoint"
         )

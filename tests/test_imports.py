@@ -1,0 +1,131 @@
+"""The layers: a module imports only from strictly lower ones, and third parties stay fenced."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "mllm_audio"
+
+# Lowest first. A folder stands for every module in it; modules of one folder may import each other.
+LAYERS = [
+    {"types", "config"},
+    {"wav", "diffusion"},
+    {"tokenizers", "conditioners", "backbone", "heads", "masking", "text"},
+    {"modality", "data"},
+    {"model", "audiomar", "interop"},
+    {"training", "generation", "evaluation"},
+    {"presets", "run", "info"},
+    {"demo", "cli", "__main__"},
+]
+# Modules of one layer that may import another of it, in one direction.
+WITHIN = {
+    ("info", "run"),
+    ("info", "presets"),
+    ("run", "presets"),
+    ("cli", "demo"),
+    ("__main__", "cli"),
+}
+# Third parties and the only files that may import them.
+FENCES = {
+    "deepspeed": {"training/engine.py"},
+    "soundfile": {"wav.py"},
+    "soxr": {"wav.py"},
+    "diffusers": {"tokenizers/audioldm.py"},
+    "laion_clap": {"conditioners/clap_t5.py", "evaluation/embedders.py"},
+    "torchaudio": {"wav.py"},
+    "vllm": set(),
+    "matplotlib": set(),
+}
+EXTRAS = {"deepspeed", "diffusers", "laion_clap", "vllm", "torchaudio", "peft", "datasets"}
+MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
+
+
+def imports(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse((PACKAGE / path).read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names.add(node.module)
+            if node.module == "mllm_audio":
+                names |= {f"mllm_audio.{alias.name}" for alias in node.names}
+    return names
+
+
+def layer(unit: str) -> int:
+    found = [number for number, units in enumerate(LAYERS) if unit in units]
+    assert found, f"{unit} has no layer: add it to LAYERS"
+    return found[0]
+
+
+def unit_of(path: Path) -> str:
+    return path.parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES if p != Path("__init__.py")], ids=str)
+def test_modules_import_only_from_lower_layers(path):
+    own = unit_of(path)
+    for name in imports(path):
+        if not name.startswith("mllm_audio."):
+            continue
+        other = name.split(".")[1]
+        allowed = other == own or layer(other) < layer(own) or (own, other) in WITHIN
+        assert allowed, f"{path} (layer {layer(own)}) imports {name} (layer {layer(other)})"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=str)
+def test_third_parties_are_imported_in_their_one_place(path):
+    for name in imports(path):
+        allowed = FENCES.get(name.split(".")[0])
+        assert allowed is None or path.as_posix() in allowed, f"{path} imports {name}"
+
+
+def test_diffusion_is_pure_maths():
+    for path in MODULES:
+        if path.parts[0] == "diffusion":
+            assert "torch.nn" not in imports(path)
+            assert "nn.Module" not in (PACKAGE / path).read_text()
+
+
+def test_import_is_quick_and_loads_no_extra():
+    script = (
+        "import sys, time; start = time.perf_counter(); import mllm_audio; "
+        "seconds = time.perf_counter() - start; "
+        f"heavy = {EXTRAS}; "
+        "print(seconds); print(sorted(heavy & set(sys.modules)))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    seconds, heavy = result.stdout.splitlines()
+    assert float(seconds) < 3
+    assert heavy == "[]"
+
+
+def test_every_public_name_resolves_and_loads_no_extra():
+    script = (
+        "import sys, mllm_audio; [getattr(mllm_audio, name) for name in mllm_audio.__all__]; "
+        f"heavy = {EXTRAS}; "
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "[]"
+    import mllm_audio
+
+    with pytest.raises(AttributeError, match="no attribute 'Voise'"):
+        mllm_audio.Voise  # noqa: B018
+
+
+def test_files_stay_short():
+    for path in MODULES:
+        lines = len((PACKAGE / path).read_text().splitlines())
+        assert lines <= 300, f"{path} has {lines} lines"
