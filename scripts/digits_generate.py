@@ -2,7 +2,9 @@
 
     python scripts/digits_generate.py RUN --captions DATA/captions.jsonl --out DIR
 
-Writes DIR/wav/*.wav and DIR/captions.jsonl with rows {audio, caption, label, speaker}.
+Writes DIR/wav/*.wav, DIR/captions.jsonl with rows {audio, caption, label, speaker}, and
+DIR/spectrograms.png: recordings in odd columns, generated clips of the same digit by the same
+speaker in even ones.
 """
 
 from __future__ import annotations
@@ -11,8 +13,11 @@ import argparse
 import json
 from pathlib import Path
 
+from mllm_audio import wav
+from mllm_audio.evaluation.report import side_by_side
 from mllm_audio.generation.voice import Voice
 from mllm_audio.generation.write import generate_to_files
+from mllm_audio.types import Clip
 
 
 def main() -> None:
@@ -48,6 +53,14 @@ def main() -> None:
     generate_to_files(voice, captions, paths, voice.defaults, arguments.seed, batch_size=50)
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (arguments.out / "captions.jsonl").write_text(text)
+    sheet = []
+    for row in rows[:60:7][:8]:
+        same = (r for r in recorded if (r["label"], r["speaker"]) == (row["label"], row["speaker"]))
+        recording = arguments.captions.parent / next(same)["audio"]
+        for path in (recording, arguments.out / row["audio"]):
+            clip = wav.read(path, voice.audio_tokenizer.sample_rate)
+            sheet.append(Clip(wav.normalize_level(clip.waveform), clip.sample_rate))
+    side_by_side(sheet, columns=4).save(arguments.out / "spectrograms.png")
 
 
 if __name__ == "__main__":

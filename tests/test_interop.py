@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import GPT2Config, GPT2Model
 
+from mllm_audio.backbone import BackboneConfig, build_backbone
 from mllm_audio.diffusion.samplers import ddpm_step
 from mllm_audio.heads import build_head
 from mllm_audio.heads.adaln_mlp import AdaLNMLP, predict_under
@@ -173,23 +173,12 @@ def test_mar_head_reports_missing_and_unexpected_names():
         adaln_mlp_from_mar(weights, "net.")
 
 
-def test_parity_of_gpt2_with_timm_blocks():
+def test_parity_of_our_gpt2_backbone_with_timm_blocks():
     weights, arrays = tensors("timm_block_small.npz"), tensors("timm_block_small.npz", "")
-    config = GPT2Config(
-        vocab_size=1,
-        bos_token_id=None,
-        eos_token_id=None,
-        n_positions=12,
-        n_embd=64,
-        n_layer=2,
-        n_head=4,
-        activation_function="gelu",
-        layer_norm_epsilon=1e-6,
-        resid_pdrop=0,
-        embd_pdrop=0,
-        attn_pdrop=0,
+    size = BackboneConfig(
+        family="gpt2", hidden_size=64, num_layers=2, num_heads=4, max_positions=12
     )
-    model = GPT2Model(config).eval()
+    model = build_backbone(size, vocab_size=1).base_model.eval()
     model.wpe.weight.data.zero_()
     for index, block in enumerate(model.h):
         block.load_state_dict(gpt2_block_from_timm(weights, f"{index}."))

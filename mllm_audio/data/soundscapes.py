@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from mllm_audio import wav
 from mllm_audio.data.events import KINDS, PITCHES, SAMPLE_RATE
@@ -192,7 +193,8 @@ def write_soundscapes(
     (folder / "wav").mkdir(parents=True, exist_ok=True)
     manifest = folder / "manifest.jsonl"
     with manifest.open("w", encoding="utf-8") as file:
-        for i, (name, soundscape) in enumerate(chosen):
+        bar = tqdm(chosen, desc="rendering", unit="clip", dynamic_ncols=True)
+        for i, (name, soundscape) in enumerate(bar):
             audio = f"wav/{name}_{i:06d}.wav"
             # One seed per clip, apart for neighbouring dataset seeds.
             wav.write(folder / audio, render(soundscape, seed * 1_000_003 + i), SAMPLE_RATE)

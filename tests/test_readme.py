@@ -1,0 +1,105 @@
+"""The README: its commands and code run as typed, its tree and tables match the code."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import re
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import sine_manifest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+# What is added to a README command so that it takes seconds; the rest runs as written.
+SHORTER = {
+    "train": ["train.num_steps=3", "backbone.num_layers=1", "audio.head.width=32"],
+    "demo": ["--minutes", "0.02", "--clips", "40"],
+}
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.S)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("readme")
+    sine_manifest(folder)
+    return folder
+
+
+@pytest.mark.slow
+def test_every_command_and_code_block_runs_in_order(workplace, monkeypatch, capsys):
+    from mllm_audio.cli import main
+
+    monkeypatch.chdir(workplace)
+    commands = [line for block in blocks("bash") for line in block.strip().splitlines()]
+    named = {line.split()[1] for line in commands}
+    assert named == {"prepare", "train", "generate", "info", "demo"}
+    for line in commands:
+        arguments = shlex.split(line)
+        monkeypatch.setattr(sys, "argv", arguments + SHORTER.get(arguments[1], []))
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        assert stopped.value.code == 0, f"{line}\n{capsys.readouterr().err}"
+    assert (workplace / "beeps.wav").stat().st_size > 1000
+    printed = capsys.readouterr().out
+    assert re.search(
+        r"caption adherence: [\d.]+% of 80 held-out captions \(real soundscapes: ", printed
+    )
+    assert "<audio" in (workplace / "runs/demo/report.html").read_text()
+    code = blocks("python")
+    assert code
+    for block in code:
+        output = io.StringIO()
+        with contextlib.redirect_stdout(output):
+            exec(compile(block, "README.md", "exec"), {})
+        assert "torch.Size([20480]) 16000" in output.getvalue()
+
+
+def test_the_tree_matches_the_disk():
+    spec = importlib.util.spec_from_file_location("tree", ROOT / "scripts/tree.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.tree() in README, "type: python scripts/tree.py --write"
+
+
+def test_the_tables_named_in_the_readme_exist():
+    from mllm_audio.backbone import FAMILIES
+    from mllm_audio.diffusion.samplers import NOISE_SAMPLERS, VELOCITY_SAMPLERS
+    from mllm_audio.heads import HEADS
+    from mllm_audio.masking import SCHEDULES
+    from mllm_audio.presets import PRESETS
+    from mllm_audio.tokenizers import TOKENIZERS
+
+    tables = {
+        "FAMILIES": FAMILIES,
+        "NOISE_SAMPLERS": NOISE_SAMPLERS,
+        "VELOCITY_SAMPLERS": VELOCITY_SAMPLERS,
+        "HEADS": HEADS,
+        "SCHEDULES": SCHEDULES,
+        "PRESETS": PRESETS,
+        "TOKENIZERS": TOKENIZERS,
+    }
+    section = README.split("## Extend")[1].split("## Limits")[0]
+    assert set(re.findall(r"`([A-Z_]{5,})`", section)) == set(tables)
+    assert all(tables.values())
+
+
+def test_links_and_pictures_exist():
+    for target in re.findall(r"\]\(([^)]+)\)", README):
+        if not target.startswith("http"):
+            assert (ROOT / target).is_file(), target
+
+
+def test_make_targets_named_in_the_readme_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"make (\w+)", README):
+        assert re.search(rf"^{target}:", makefile, flags=re.M), target
+    assert shutil.which("make")
