@@ -1,8 +1,6 @@
 # Both targets set themselves up in .venv/: Python 3.11, a package registry, nothing else.
 PYTHON ?= python3
 BIN := .venv/bin
-# Two training processes never share this machine, and idle threads should not spin.
-export OMP_WAIT_POLICY ?= PASSIVE
 export HF_HUB_OFFLINE ?= 1
 
 .PHONY: demo test lint clean

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import (
     AutoModelForCausalLM,
     Cache,
@@ -119,16 +121,25 @@ def run(
             inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device
         )
     options: dict[str, Any] = {"past_key_values": cache, "use_cache": cache is not None}
-    output = backbone.base_model(
-        inputs_embeds=inputs_embeds,
-        position_ids=position_ids,
-        attention_mask=attention_mask,
-        **options,
-    )
+    with _attention_kernel(inputs_embeds):
+        output = backbone.base_model(
+            inputs_embeds=inputs_embeds,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            **options,
+        )
     hidden_states: Tensor = output.last_hidden_state
     return hidden_states
 
 
-def max_positions(backbone: PreTrainedModel) -> int:
-    """Read how many positions the decoder was built for."""
-    return int(backbone.config.max_position_embeddings)
+def _attention_kernel(inputs_embeds: Tensor) -> AbstractContextManager[None]:
+    """Pick the attention kernel for training on (B, T, H) embeddings.
+
+    torch's fused CPU kernel takes three times as long as plain matrix products in bf16 on rows
+    this short; everywhere else the fused kernel is right.
+    """
+    short = inputs_embeds.shape[1] <= 64
+    if short and torch.is_grad_enabled() and torch.is_autocast_enabled("cpu"):
+        kernel: AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH)
+        return kernel
+    return nullcontext()

@@ -68,7 +68,7 @@ def tiny() -> RunConfig:
         preset="tiny",
         backbone=replace(base.backbone, max_positions=160),
         audio=replace(base.audio, max_tokens=64),
-        train=replace(base.train, max_minutes=7),
+        train=replace(base.train, max_minutes=9.5, batch_size=16, num_steps=30_000),
     )
 
 
