@@ -11,6 +11,7 @@ figure 5 without giving parameters: **the numbers for A and B here are our assum
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -89,3 +90,39 @@ def sample_kept_positions(num_tokens: int, ratio: float, generator: torch.Genera
     if kept == num_tokens:
         return torch.arange(num_tokens)
     return torch.randperm(num_tokens, generator=generator)[:kept].sort().values
+
+
+def end_weights(num_tokens: int, kept: Tensor, ratio: float) -> Tensor:
+    """Weigh "is the target the end?" so that masking leaves its odds as they were.
+
+    The end is never dropped while latents are, so ends are too frequent among targets, and by
+    how much depends on the clip's length. Each prediction is weighed by the probability that it
+    would have were every element, the end too, kept independently with 1 - r, over the one it
+    has when exactly K of N latents are kept. With the token itself kept and g to its target:
+
+        (1 - r)^2 r^(g - 1) / (C(N - g - 1, K - 2) / C(N, K)) for a latent,
+        (1 - r)^2 r^(g - 1) / (C(N - g, K - 1) / C(N, K)) for the end.
+
+    Args:
+        num_tokens: N, latents of the clip.
+        kept: (K,) int64, positions that stayed, increasing.
+        ratio: r, that `kept` was drawn with.
+
+    Returns:
+        (K,) float32, for the prediction made at each kept latent; ones for r = 0.
+    """
+    if ratio == 0:
+        return torch.ones(len(kept))
+    is_end = torch.arange(len(kept)) == len(kept) - 1
+    distance = torch.cat([kept, torch.tensor([num_tokens])]).diff()  # (K,)
+    rest = num_tokens - distance - (~is_end).long()
+    independent = 2 * math.log1p(-min(ratio, 1 - 1e-6)) + (distance - 1) * math.log(ratio)
+    exact = _log_binomial(rest, len(kept) - 1 - (~is_end).long())
+    exact = exact - _log_binomial(torch.tensor(num_tokens), torch.tensor(len(kept)))
+    return (independent - exact).exp().float()
+
+
+def _log_binomial(total: Tensor, chosen: Tensor) -> Tensor:
+    """Logarithm of the number of ways to choose, float64."""
+    total, chosen = total.double(), chosen.double()
+    return (total + 1).lgamma() - (chosen + 1).lgamma() - (total - chosen + 1).lgamma()

@@ -33,6 +33,7 @@ class AudioConfig:
     channel_weight_exponent: float = (
         0.0  # loss weight of a channel = its std to this power; 0 = the paper
     )
+    position_init_std: float = 0.02  # of content and target positions; larger learns them sooner
     head: HeadConfig = field(default_factory=HeadConfig)
 
     @property
@@ -80,7 +81,7 @@ class AudioModality(nn.Module):
         nn.init.xavier_uniform_(self.latent_proj.weight)
         nn.init.zeros_(self.latent_proj.bias)
         for embedding in (self.content_positions, self.target_positions):
-            nn.init.normal_(embedding.weight, std=0.02)
+            nn.init.normal_(embedding.weight, std=self.config.position_init_std)
         nn.init.normal_(self.null_prompt, std=0.02)
         if self.end_of_audio is not None:
             nn.init.zeros_(self.end_of_audio.weight)
@@ -135,17 +136,14 @@ class AudioModality(nn.Module):
         losses = self.head.loss(targets, pad_rows(hidden_states), self.channel_weight(), generator)
         return losses[: len(latents)]
 
-    def end_loss(self, hidden_states: Tensor, is_end: Tensor, masking_ratio: float) -> Tensor:
+    def end_loss(self, hidden_states: Tensor, is_end: Tensor, weight: Tensor) -> Tensor:
         """Cross-entropy of "the target is the end" over (P, H) hidden states; return (P,).
 
-        The end is never dropped while a latent stays with probability 1 - r, so at every
-        distance ends are 1 / (1 - r) too frequent among targets; weighing them by 1 - r makes
-        the predicted odds those of the unmasked sequence.
+        `weight` is (P,), see `masking.end_weights`.
         """
         if self.end_of_audio is None:
             return hidden_states.new_zeros(len(is_end))
         logits = self.end_of_audio(hidden_states)[:, 0].float()  # (P,)
-        weight = torch.where(is_end, 1.0 - masking_ratio, 1.0)
         return F.binary_cross_entropy_with_logits(logits, is_end.float(), weight, reduction="none")
 
     def ends(self, hidden_states: Tensor, noise: Noise, threshold: float | None = None) -> Tensor:

@@ -74,7 +74,7 @@ class AudioLanguageModel(nn.Module):
         per_latent = self.audio.loss(
             predicted[has_latent], batch.target_latents[has_latent], generator
         )
-        end = self.audio.end_loss(predicted, batch.target_is_end, batch.masking_ratio).mean()
+        end = self.audio.end_loss(predicted, batch.target_is_end, batch.end_weight).mean()
         audio = per_latent.mean()
         total = audio + self.audio.config.end_loss_weight * end
         return Losses(

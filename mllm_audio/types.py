@@ -38,6 +38,7 @@ class Batch:
     target_positions: Tensor  # (P,) int64, in row-major order of `predicts`
     target_latents: Tensor  # (P, D) float, zeros where `target_is_end`
     target_is_end: Tensor  # (P,) bool, the target is `<|audio_end|>`
+    end_weight: Tensor  # (P,) float, importance weight of "is the target the end?" under masking
     unconditional: Tensor  # (B,) bool, rows whose prompt is replaced by the null prompt
     masking_ratio: float  # share of latents dropped from each row
     names: tuple[str, ...]  # (B,) where each row came from, for error messages

@@ -33,12 +33,10 @@ def test_cached_decoding_equals_full_recomputation(
     text = Text(prompt_ids(text_tokenizer, "noise then a low beep"))
     for index in range(latents.shape[1]):
         # The training layout of everything sampled so far; its last element predicts `index`.
-        row = [text, Audio(latents[0], torch.arange(index))]
+        # Position `index` itself is in the row: causal attention hides it from the state before.
+        row = [text, Audio(latents[0], torch.arange(index + 1))]
         rows = collate([row, row], ["c", "u"], special, unconditional=[False, True])
         with torch.no_grad():
-            # `collate` lets the last kept latent predict the end; here it predicts `index`.
-            targets = torch.arange(index + 1).repeat(2)
-            rows = replace(rows, target_positions=targets)
             hidden = backbones.run(model.backbone, model.embed(rows), rows.position_ids)
             hidden = hidden[:, len(text.input_ids) + index]
             noise = Noise(torch.tensor([7]), torch.tensor([index]), 128)

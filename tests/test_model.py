@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from mllm_audio import backbone as backbones
 from mllm_audio.data.dataset import Audio, Text, collate, prompt_ids, seeded
-from mllm_audio.masking import sample_kept_positions
+from mllm_audio.masking import end_weights, sample_kept_positions
 from mllm_audio.model import AudioLanguageModel
 from mllm_audio.types import Batch
 
@@ -60,6 +61,7 @@ def plain_ntp_batch(tokenizer, special, rows) -> Batch:
         target_is_end=torch.cat(
             [torch.arange(len(a.latents) + 1) == len(a.latents) for _, a in rows]
         ),
+        end_weight=torch.ones(sum(len(a.latents) + 1 for _, a in rows)),
         unconditional=torch.zeros(len(rows), dtype=torch.bool),
         masking_ratio=0.0,
         names=("a", "b", "c"),
@@ -180,27 +182,45 @@ def test_null_prompt_of_several_vectors_is_laid_in_order(make_model):
     assert torch.equal(laid[1, 1:3], null[:2])
 
 
-def test_end_loss_weight_makes_the_odds_those_of_the_unmasked_sequence(make_model):
-    """At distance 1, ends are 1 / (1 - r) too frequent; the weighted optimum must undo it."""
-    model = make_model()
-    ratio, hazard = 0.6, 1 / 8
+@pytest.mark.parametrize("ratio", [0.3, 0.6, 0.8])
+def test_end_weights_make_the_odds_those_of_the_unmasked_sequence(ratio):
+    """Half the clips end after 8 latents, half after 12: unmasked, P(end at 8 | 7 kept) is 1/2."""
     generator = torch.Generator().manual_seed(0)
-    is_end = []
-    for _ in range(6000):
-        length = int(torch.empty(()).geometric_(hazard, generator=generator))
-        kept = (torch.rand(length, generator=generator) > ratio).nonzero()[:, 0]
-        targets = torch.cat([kept, torch.tensor([length])])
-        at_distance_one = (targets[1:] - targets[:-1]) == 1
-        is_end.append((targets[1:] == length)[at_distance_one])
-    is_end = torch.cat(is_end)
-    weight = torch.where(is_end, 1 - ratio, 1.0)
-    optimum = float((weight * is_end).sum() / weight.sum())  # of the weighted cross-entropy
-    assert float(is_end.float().mean()) > 1.5 * hazard
-    assert optimum == pytest.approx(hazard, rel=0.1)
-    hidden = torch.randn(len(is_end[:50]), 32)
-    weighted = model.audio.end_loss(hidden, is_end[:50], ratio)
-    plain = model.audio.end_loss(hidden, is_end[:50], 0.0)
-    torch.testing.assert_close(weighted, plain * weight[:50])
+    ends, weights = [], []
+    for index in range(30_000):
+        length = 8 if index % 2 else 12
+        kept = sample_kept_positions(length, ratio, generator)
+        follows = [*kept.tolist()[1:], length]
+        if 7 in kept and follows[kept.tolist().index(7)] == 8:
+            at = kept.tolist().index(7)
+            ends.append(float(length == 8))
+            weights.append(float(end_weights(length, kept, ratio)[at]))
+    ends, weights = torch.tensor(ends), torch.tensor(weights)
+    optimum = float((weights * ends).sum() / weights.sum())  # of the weighted cross-entropy
+    assert optimum == pytest.approx(0.5, abs=0.04)
+    assert float(ends.mean()) > optimum + 0.05
+
+
+def test_end_weights_are_ratios_of_probabilities_counted_over_all_subsets():
+    num_tokens, ratio = 7, 0.55
+    for count in (1, 3, 7):
+        subsets = [(*s, num_tokens) for s in itertools.combinations(range(num_tokens), count)]
+        for subset in subsets[::5]:
+            weights = end_weights(num_tokens, torch.tensor(subset[:-1]), ratio)
+            for index, weight in enumerate(weights.tolist()):
+                first, second = subset[index : index + 2]
+                same = sum((first, second) in itertools.pairwise(s) for s in subsets)
+                independent = (1 - ratio) ** 2 * ratio ** (second - first - 1)
+                assert weight == pytest.approx(independent / (same / len(subsets)), rel=1e-5)
+    assert end_weights(5, torch.arange(5), 0.0).tolist() == [1.0] * 5
+
+
+def test_end_loss_is_the_weighted_cross_entropy(make_model):
+    model = make_model()
+    hidden, is_end = torch.randn(6, 32), torch.tensor([True, False] * 3)
+    weight = torch.rand(6)
+    plain = model.audio.end_loss(hidden, is_end, torch.ones(6))
+    torch.testing.assert_close(model.audio.end_loss(hidden, is_end, weight), plain * weight)
 
 
 def test_every_audio_parameter_has_a_gradient_with_and_without_audio(

@@ -17,7 +17,12 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from mllm_audio.data.shards import PreparedClip
-from mllm_audio.masking import MaskingConfig, sample_kept_positions, sample_ratio
+from mllm_audio.masking import (
+    MaskingConfig,
+    end_weights,
+    sample_kept_positions,
+    sample_ratio,
+)
 from mllm_audio.text import SpecialIds
 from mllm_audio.types import Batch
 
@@ -79,7 +84,7 @@ def collate(
     """
     spans = [part for row in rows for part in row if isinstance(part, Audio)]
     latent_dim = spans[0].latents.shape[1] if spans else 0
-    laid = [_lay_out(row, special, end_of_audio, latent_dim) for row in rows]
+    laid = [_lay_out(row, special, masking_ratio, end_of_audio, latent_dim) for row in rows]
 
     def padded(field: str) -> Tensor:
         rows_of_field = pad_sequence([row[field] for row in laid], batch_first=True)  # (B, T)
@@ -93,7 +98,7 @@ def collate(
             f: padded(f) for f in ("input_ids", "position_ids", "is_prompt", "is_audio", "predicts")
         },
         **{f: joined(f) for f in ("latents", "content_positions", "target_positions")},
-        **{f: joined(f) for f in ("target_latents", "target_is_end")},
+        **{f: joined(f) for f in ("target_latents", "target_is_end", "end_weight")},
         unconditional=torch.tensor(unconditional or [False] * len(rows)),
         masking_ratio=masking_ratio,
         names=tuple(names),
@@ -101,7 +106,7 @@ def collate(
 
 
 def _lay_out(
-    row: Row, special: SpecialIds, end_of_audio: bool, latent_dim: int
+    row: Row, special: SpecialIds, masking_ratio: float, end_of_audio: bool, latent_dim: int
 ) -> dict[str, Tensor]:
     """Build one row's fields of `Batch`, without padding."""
     pieces: list[dict[str, Tensor]] = []
@@ -112,7 +117,9 @@ def _lay_out(
             position += len(part.input_ids)
         else:
             closed = index + 1 < len(row)
-            pieces.append(_lay_out_audio(part, position, special, end_of_audio, closed))
+            pieces.append(
+                _lay_out_audio(part, position, special, masking_ratio, end_of_audio, closed)
+            )
             position += len(part.latents) + 2
     for piece in pieces:
         for field in ("latents", "target_latents"):
@@ -132,11 +139,17 @@ def _lay_out_text(part: Text, position: int) -> dict[str, Tensor]:
         "content_positions": none,
         "target_positions": none,
         "target_is_end": none.bool(),
+        "end_weight": none.float(),
     }
 
 
 def _lay_out_audio(
-    part: Audio, position: int, special: SpecialIds, end_of_audio: bool, closed: bool
+    part: Audio,
+    position: int,
+    special: SpecialIds,
+    masking_ratio: float,
+    end_of_audio: bool,
+    closed: bool,
 ) -> dict[str, Tensor]:
     """Lay out start, kept latents and, where something follows, the end.
 
@@ -164,6 +177,8 @@ def _lay_out_audio(
         )
     else:
         predicts[len(kept)] = False
+    # The start is followed by a latent in any clip, so its prediction needs no weight.
+    weight = torch.cat([torch.ones(1), end_weights(num_tokens, kept, masking_ratio)])
     return {
         "input_ids": input_ids,
         "position_ids": position + torch.cat(offsets),
@@ -175,6 +190,7 @@ def _lay_out_audio(
         "target_positions": targets,
         "target_latents": target_latents,
         "target_is_end": targets == num_tokens,
+        "end_weight": weight[: len(targets)],
     }
 
 

@@ -198,6 +198,7 @@ def _prompt_batch(
         target_positions=torch.zeros(copies * rows, dtype=torch.long, device=device),
         target_latents=torch.zeros(0, latent_dim, device=device),
         target_is_end=torch.zeros(copies * rows, dtype=torch.bool, device=device),
+        end_weight=torch.ones(copies * rows, device=device),
         unconditional=torch.arange(copies * rows, device=device) >= rows,
         masking_ratio=0.0,
         names=(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -121,7 +121,3 @@ class Voice:
         if config.seconds is not None:
             waveform = waveform[: round(config.seconds * self.audio_tokenizer.sample_rate)]
         return Clip(waveform, self.audio_tokenizer.sample_rate)
-
-    def with_defaults(self, **options: object) -> Voice:
-        """Return this voice with other generation defaults."""
-        return replace(self, defaults=replace(self.defaults, **options))  # type: ignore[arg-type]

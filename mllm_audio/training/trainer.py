@@ -97,7 +97,7 @@ def train(
     step, seconds = resume(engine, run)
     log = TrainLog(run, first_step=step + 1)
     bar = tqdm(total=1.0, desc="training", bar_format=BAR_FORMAT, dynamic_ncols=True)
-    started, steps = time.monotonic() - seconds, data.steps(step)
+    started, first, steps = time.monotonic() - seconds, step, data.steps(step)
 
     def save() -> None:
         state = {"step": step, "seconds": time.monotonic() - started}
@@ -105,9 +105,10 @@ def train(
         export()
 
     with StopSignal() as stop, closing(log), bar:
-        while (
-            now := progress(config, step, time.monotonic() - started)
-        ) < 1 and not stop.requested:
+        while not stop.requested:
+            now = progress(config, step, time.monotonic() - started)
+            if now >= 1:
+                break
             batch = next(steps)
             check_range(engine, batch, config.max_abs_latent)
             torch.manual_seed(seeded("dropout", config.seed, step).initial_seed())
@@ -124,7 +125,7 @@ def train(
                 log.write(step, validate(engine, validation, config))
             if step % config.save_every == 0:
                 save()
-        if validation is not None and not stop.requested:
+        if validation is not None and step > first and not stop.requested:
             log.write(step, validate(engine, validation, config))
         if not has_checkpoint(run, step):
             save()
