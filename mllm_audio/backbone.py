@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from mllm_audio.config import nearest
+from mllm_audio.config import check_range, nearest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +38,9 @@ class BackboneConfig:
             raise ValueError(
                 f"unknown backbone family {self.family!r}; {nearest(self.family, FAMILIES)}"
             )
+        sizes = ("hidden_size", "num_layers", "num_heads", "max_positions")
+        check_range("backbone", self, 1, 1_000_000, *sizes)
+        check_range("backbone", self, 0, 1, "dropout")
         if self.hidden_size % self.num_heads:
             raise ValueError(
                 f"backbone.hidden_size={self.hidden_size} is not a multiple of "

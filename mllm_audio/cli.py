@@ -152,7 +152,7 @@ def generate(
     if "guidance_scale" in given:
         given["guidance_weight"] = None
     generate_to_files(voice, captions, paths, replace(voice.defaults, **given), seed, batch_size)
-    if len(paths) > 1:
+    if paths[0] != out:
         write_captions(captions, paths, seed)
     for path in paths:
         click.echo(path)

@@ -1,10 +1,12 @@
-"""Strict overrides of nested frozen dataclasses: `section.key=value`, to and from plain dicts."""
+"""Configuration as nested frozen dataclasses: strict overrides, ranges, to and from JSON."""
 
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterable
 from dataclasses import asdict, fields, is_dataclass, replace
+from pathlib import Path
 from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
@@ -18,37 +20,79 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def override(config: Any, assignments: Iterable[str]) -> Any:
-    """Return `config` with every `path.to.key=value` applied.
+    """Return `config` with every `path.to.key=value` applied, in any order, the last one winning.
 
     Raises:
         ValueError: for a missing `=`, an unknown key (with the nearest name), a value of the
-            wrong type, or a value the dataclass itself refuses.
+            wrong type, or values the dataclass itself refuses.
     """
+    changes: dict[str, Any] = {}
     for assignment in assignments:
         path, equals, text = assignment.partition("=")
         if not equals:
             raise ValueError(
-                f"found {assignment!r}, expected section.key=value, e.g. train.lr=3e-4"
+                f"found {assignment!r}, expected section.key=value, e.g. train.optim.lr=3e-4"
             )
-        config = _assign(config, path.split("."), text, path)
-    return config
+        section, *keys = [changes, *path.split(".")]
+        for key in keys[:-1]:
+            section = section.setdefault(key, {})
+            if not isinstance(section, dict):
+                raise ValueError(f"{path}: {key!r} is a value, not a section; type {key}=...")
+        section[keys[-1]] = text
+    return _apply(config, changes, "")
 
 
-def _assign(config: Any, keys: list[str], text: str, path: str) -> Any:
-    known = [f.name for f in fields(config)]
-    key, rest = keys[0], keys[1:]
-    if key not in known:
-        where = path.removesuffix(".".join(keys)).rstrip(".") or "the configuration"
-        raise ValueError(f"unknown key {key!r} in {where}; {nearest(key, known)}")
-    current = getattr(config, key)
-    if is_dataclass(current):
-        if not rest:
-            keys_of = ", ".join(f"{path}.{f.name}" for f in fields(current))
-            raise ValueError(f"{path} is a section, set one of its keys: {keys_of}")
-        return replace(config, **{key: _assign(current, rest, text, path)})
-    if rest:
-        raise ValueError(f"{path}: {key!r} is a value, not a section; type {key}=...")
-    return replace(config, **{key: _parse(text, get_type_hints(type(config))[key], path)})
+def _apply(config: Any, changes: dict[str, Any], prefix: str) -> Any:
+    """Apply the nested `changes` to a dataclass that stands at `prefix`, all at once."""
+    known = {f.name: getattr(config, f.name) for f in fields(config)}
+    hints = get_type_hints(type(config))
+    values: dict[str, Any] = {}
+    for key, change in changes.items():
+        path = prefix + key
+        if key not in known:
+            where = prefix.rstrip(".") or "the configuration"
+            raise ValueError(f"unknown key {key!r} in {where}; {nearest(key, known)}")
+        if is_dataclass(known[key]):
+            if not isinstance(change, dict):
+                keys = ", ".join(f"{path}.{f.name}" for f in fields(known[key]))
+                raise ValueError(f"{path} is a section, set one of its keys: {keys}")
+            values[key] = _apply(known[key], change, f"{path}.")
+        elif isinstance(change, dict):
+            raise ValueError(f"{path}: {key!r} is a value, not a section; type {path}=...")
+        else:
+            values[key] = _parse(change, hints[key], path)
+    return replace(config, **values)
+
+
+def check_range(
+    section: str, config: Any, low: float, high: float, *keys: str, open_low: bool = False
+) -> None:
+    """Refuse values of the named fields outside [low, high], or (low, high]; None passes.
+
+    Raises:
+        ValueError: naming the field, what was found and the range.
+    """
+    for key in keys:
+        value = getattr(config, key)
+        if value is None or (low < value <= high) or (value == low and not open_low):
+            continue
+        bracket = "(" if open_low else "["
+        raise ValueError(f"{section}.{key}={value}, expected {bracket}{low:g}, {high:g}]")
+
+
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        ValueError: if the file is missing or damaged, naming it and the `remedy`.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); {remedy}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds {type(values).__name__}, expected an object; {remedy}")
+    return values
 
 
 def _parse(text: str, kind: Any, path: str) -> Any:
@@ -78,6 +122,8 @@ def from_dict(kind: type, values: dict[str, Any], where: str) -> Any:
     Raises:
         ValueError: naming `where` the dict came from and the key or value at fault.
     """
+    if not isinstance(values, dict):
+        raise ValueError(f"{where}: found {values!r}, expected the fields of {kind.__name__}")
     known = [f.name for f in fields(kind)]
     for key in values:
         if key not in known:

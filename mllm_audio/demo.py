@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from dataclasses import replace
@@ -10,13 +11,14 @@ from pathlib import Path
 import click
 
 from mllm_audio import wav
+from mllm_audio.config import read_json
 from mllm_audio.data.prepare import prepare
 from mllm_audio.data.shards import PreparedClip, load_split
 from mllm_audio.data.soundscapes import write_soundscapes
 from mllm_audio.evaluation.adherence import AdherenceReport, adherence, recognise
 from mllm_audio.evaluation.report import Pair, loss_chart, side_by_side, write_page
 from mllm_audio.generation.voice import Voice
-from mllm_audio.generation.write import generate_to_files
+from mllm_audio.generation.write import generate_to_files, output_paths
 from mllm_audio.presets import RunConfig, tiny
 from mllm_audio.run import count_parameters, train_run
 from mllm_audio.training.log import read_log
@@ -45,11 +47,7 @@ def run_demo(
         config = replace(config, train=replace(config.train, max_minutes=minutes))
     sounds, data = out / "soundscapes", out / "data"
     _say(1, f"rendering {num_train + NUM_HELD_OUT} soundscapes to {sounds}")
-    if not (sounds / "manifest.jsonl").is_file():
-        partial = sounds.with_suffix(".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        write_soundscapes(partial, num_train, NUM_HELD_OUT, seed=seed)
-        partial.rename(sounds)
+    _render(sounds, num_train, seed)
     _say(2, f"encoding them to {data}")
     max_seconds = config.audio.max_seconds
     prepare(sounds / "manifest.jsonl", data, "dct", max_seconds=max_seconds, num_workers=2)
@@ -81,6 +79,28 @@ def run_demo(
     return generated
 
 
+def _render(sounds: Path, num_train: int, seed: int) -> None:
+    """Write the soundscapes, unless they are there already.
+
+    Raises:
+        ValueError: if the folder holds others.
+    """
+    settings = sounds / "settings.json"
+    wanted = {"num_train": num_train, "num_held_out": NUM_HELD_OUT, "seed": seed}
+    if settings.is_file():
+        found = read_json(settings, f"delete {sounds}")
+        if found != wanted:
+            raise ValueError(
+                f"{sounds} holds soundscapes of {found}, expected {wanted}; type another --out"
+            )
+        return
+    partial = sounds.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    write_soundscapes(partial, num_train, NUM_HELD_OUT, seed=seed)
+    (partial / settings.name).write_text(json.dumps(wanted) + "\n")
+    partial.rename(sounds)
+
+
 def _say(number: int, text: str) -> None:
     click.echo(f"[{number}/5] {text}")
 
@@ -90,7 +110,7 @@ def _generate(
 ) -> list[Pair]:
     """Generate the first caption of each clip beside its reference."""
     captions = [clip.captions[0] for clip in clips]
-    paths = [folder / f"{index:03}.wav" for index in range(len(clips))]
+    paths = output_paths(folder, len(clips))
     generate_to_files(voice, captions, paths, voice.defaults, seed)
     pairs = []
     for clip, caption, path in zip(clips, captions, paths, strict=True):

@@ -20,7 +20,7 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
-from mllm_audio.config import nearest
+from mllm_audio.config import check_range, nearest
 
 
 def truncated_normal(u: float, mode: float, std: float, low: float, high: float) -> float:
@@ -69,8 +69,7 @@ class MaskingConfig:
             raise ValueError(
                 f"unknown masking schedule {self.schedule!r}; {nearest(self.schedule, SCHEDULES)}"
             )
-        if not 0 <= self.scale <= 1:
-            raise ValueError(f"masking.scale={self.scale} must lie in [0, 1]")
+        check_range("masking", self, 0, 1, "scale")
 
 
 def sample_ratio(config: MaskingConfig, generator: torch.Generator) -> float:

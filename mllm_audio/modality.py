@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mllm_audio.config import check_range
 from mllm_audio.diffusion.noise import Noise, uniform
 from mllm_audio.heads import build_head
 from mllm_audio.heads.base import HeadConfig, SamplingConfig
@@ -35,6 +36,19 @@ class AudioConfig:
     )
     position_init_std: float = 0.02  # of content and target positions; larger learns them sooner
     head: HeadConfig = field(default_factory=HeadConfig)
+
+    def __post_init__(self) -> None:
+        """Check counts and that the longest clip is whole columns."""
+        counts = ("latent_dim", "tokens_per_column", "max_tokens", "null_prompt_length")
+        check_range("audio", self, 1, 10_000_000, *counts)
+        check_range("audio", self, 0, 1000, "column_seconds", "position_init_std", open_low=True)
+        check_range("audio", self, 0, 1000, "end_loss_weight")
+        check_range("audio", self, 0, 10, "channel_weight_exponent")
+        if self.max_tokens % self.tokens_per_column:
+            raise ValueError(
+                f"audio.max_tokens={self.max_tokens} is not a multiple of "
+                f"audio.tokens_per_column={self.tokens_per_column}"
+            )
 
     @property
     def max_seconds(self) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from huggingface_hub import save_torch_state_dict
@@ -13,12 +14,19 @@ from torch import Tensor, nn
 from transformers import AutoConfig, Cache, PreTrainedModel
 
 from mllm_audio import backbone as backbones
-from mllm_audio.config import from_dict, to_dict
+from mllm_audio.config import from_dict, read_json, to_dict
+from mllm_audio.files import write_atomic
 from mllm_audio.modality import AudioConfig, AudioModality
 from mllm_audio.types import Batch, Losses
 
 ARCHITECTURE = "AudioLanguageModel"
 PREFIX = "audio."  # of every tensor that is not the backbone's
+MAX_SHARD_SIZE = "5GB"  # of one safetensors file
+
+
+def default_device() -> torch.device:
+    """Pick the first CUDA device, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class AudioLanguageModel(nn.Module):
@@ -78,7 +86,7 @@ class AudioLanguageModel(nn.Module):
         audio = per_latent.mean()
         total = audio + self.audio.config.end_loss_weight * end
         return Losses(
-            total=total, audio=audio.detach(), end=end.detach(), per_prediction=per_latent.detach()
+            total=total, audio=audio.detach(), end=end.detach(), per_latent=per_latent.detach()
         )
 
     def _no_audio(self, hidden_states: Tensor) -> Losses:
@@ -88,9 +96,7 @@ class AudioLanguageModel(nn.Module):
         )
         zero = 0.0 * touched
         detached = zero.detach()
-        return Losses(
-            total=zero, audio=detached, end=detached, per_prediction=detached.new_zeros(0)
-        )
+        return Losses(total=zero, audio=detached, end=detached, per_latent=detached.new_zeros(0))
 
     def step(
         self,
@@ -126,8 +132,16 @@ class AudioLanguageModel(nn.Module):
         }
         config = self.backbone.config.to_dict()
         config |= {"architectures": [ARCHITECTURE], "audio": to_dict(self.audio.config)}
-        save_torch_state_dict(tensors, folder, max_shard_size="5GB")
-        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        # Written beside and moved over: a reader, or a kill, finds the old weights or the new.
+        with TemporaryDirectory(dir=folder, prefix=".saving-") as beside:
+            try:
+                save_torch_state_dict(tensors, beside, max_shard_size=MAX_SHARD_SIZE)
+            except (OSError, SafetensorError) as error:
+                raise OSError(f"cannot write the model to {folder}: {error}") from error
+            for path in sorted(Path(beside).iterdir()):
+                path.replace(folder / path.name)
+        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+        write_atomic(folder / "config.json", text.encode())
 
     @classmethod
     def from_pretrained(cls, folder: Path | str) -> AudioLanguageModel:
@@ -140,10 +154,14 @@ class AudioLanguageModel(nn.Module):
         folder = Path(folder)
         config_path = folder / "config.json"
         if not config_path.is_file():
-            raise ValueError(
-                f"found no config.json in {folder}, expected a folder that `mllm-audio train` wrote"
+            begun = (folder / "run.json").is_file()
+            expected = (
+                "its training has not saved yet; wait for train.save_every steps"
+                if begun
+                else "expected a folder that `mllm-audio train` wrote"
             )
-        values = json.loads(config_path.read_text())
+            raise ValueError(f"found no config.json in {folder}: {expected}")
+        values = read_json(config_path, "train again, or restore the folder")
         if "audio" not in values:
             raise ValueError(
                 f"{config_path} has no `audio` section: a text-only checkpoint, not a voice"
@@ -196,7 +214,8 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     """Read every safetensors shard of a checkpoint folder."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        values = read_json(index, "restore the folder")
+        files = sorted(set(values["weight_map"].values()))
     else:
         files = ["model.safetensors"]
     tensors: dict[str, Tensor] = {}

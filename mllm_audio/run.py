@@ -7,7 +7,11 @@ and `checkpoints/`.
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +21,14 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from mllm_audio.backbone import build_backbone
-from mllm_audio.config import to_dict
+from mllm_audio.config import read_json, to_dict
 from mllm_audio.data.dataset import TrainingData, prompt_ids, seeded
 from mllm_audio.data.shards import PreparedClip, ShardIndex, load_split, read_index
+from mllm_audio.files import write_atomic
 from mllm_audio.generation.voice import Voice
 from mllm_audio.masking import MaskingConfig
 from mllm_audio.modality import AudioConfig
-from mllm_audio.model import AudioLanguageModel
+from mllm_audio.model import AudioLanguageModel, default_device
 from mllm_audio.presets import RunConfig
 from mllm_audio.text import train_text_tokenizer
 from mllm_audio.tokenizers import load_tokenizer
@@ -31,18 +36,19 @@ from mllm_audio.training.engine import SingleProcessEngine
 from mllm_audio.training.trainer import train
 
 RUN_FILE = "run.json"
-# A resumed run may be lengthened or watched differently; anything else would make it another run.
-MAY_CHANGE = {
-    f"train.{key}"
-    for key in (
-        "num_steps",
-        "max_minutes",
-        "log_every",
-        "validate_every",
-        "save_every",
-        "keep_checkpoints",
-    )
-}
+# A resumed run may be lengthened, watched or sampled differently, or continued past numbers that
+# stopped it; anything else would make it another run.
+MAY_CHANGE = (
+    "generation.",
+    "train.num_steps",
+    "train.max_minutes",
+    "train.log_every",
+    "train.validate_every",
+    "train.save_every",
+    "train.keep_checkpoints",
+    "train.max_abs_latent",
+    "train.optim.lr",
+)
 
 
 def train_run(config: RunConfig, data: Path, out: Path) -> Voice:
@@ -57,13 +63,11 @@ def train_run(config: RunConfig, data: Path, out: Path) -> Voice:
     index = read_index(data)
     clips, validation = load_split(data, "train"), load_split(data, "validation", verify=False)
     config = fit_to_data(config, index, clips + validation, data)
-    out.mkdir(parents=True, exist_ok=True)
-    claim(out, config, index)
     voice = build_voice(config, index, clips)
+    check_prompt_lengths(voice, clips + validation)
     engine = SingleProcessEngine(
         voice.model, config.train.optim, config.train.ema_decay, config.train.precision
     )
-    check_prompt_lengths(voice, clips + validation)
     training = TrainingData(
         clips=clips,
         text_tokenizer=voice.text_tokenizer,
@@ -83,7 +87,9 @@ def train_run(config: RunConfig, data: Path, out: Path) -> Voice:
     def export() -> None:
         voice.save(out, engine.ema.state_dict(voice.model))
 
-    train(engine, training, unmasked if validation else None, config.train, out, export)
+    out.mkdir(parents=True, exist_ok=True)
+    with claimed(out, config, index):
+        train(engine, training, unmasked if validation else None, config.train, out, export)
     return Voice.load(out)
 
 
@@ -122,13 +128,26 @@ def build_voice(config: RunConfig, index: ShardIndex, clips: list[PreparedClip])
     model = build_model(config, len(text_tokenizer))
     model.audio.set_statistics(torch.tensor(index.latent_mean), torch.tensor(index.latent_std))
     audio_tokenizer = load_tokenizer(config.audio.tokenizer)
+    seconds = audio_tokenizer.samples_per_column / audio_tokenizer.sample_rate
+    if audio_tokenizer.fingerprint != index.tokenizer.fingerprint:
+        raise ValueError(
+            f"the data was prepared with {config.audio.tokenizer} of fingerprint "
+            f"{index.tokenizer.fingerprint}, found {audio_tokenizer.fingerprint}; restore that "
+            "tokenizer, or prepare again"
+        )
+    if abs(seconds - config.audio.column_seconds) > 1e-6:
+        raise ValueError(
+            f"a column of {config.audio.tokenizer} lasts {seconds:g} s, audio.column_seconds is "
+            f"{config.audio.column_seconds:g}; set audio.column_seconds={seconds:g}"
+        )
     return Voice(model, text_tokenizer, audio_tokenizer, config.generation)
 
 
 def build_model(config: RunConfig, vocab_size: int) -> AudioLanguageModel:
     """Build the model of a configuration with weights drawn from `train.seed`."""
     torch.manual_seed(seeded("weights", config.train.seed).initial_seed())
-    return AudioLanguageModel(build_backbone(config.backbone, vocab_size), config.audio)
+    model = AudioLanguageModel(build_backbone(config.backbone, vocab_size), config.audio)
+    return model.to(default_device())
 
 
 def check_prompt_lengths(voice: Voice, clips: list[PreparedClip]) -> None:
@@ -146,26 +165,38 @@ def check_prompt_lengths(voice: Voice, clips: list[PreparedClip]) -> None:
         )
 
 
-def claim(out: Path, config: RunConfig, index: ShardIndex) -> None:
-    """Write RUN/run.json, or check that the run already there is this one.
+@contextmanager
+def claimed(out: Path, config: RunConfig, index: ShardIndex) -> Iterator[None]:
+    """Hold RUN for this process, with RUN/run.json written or checked to be this run.
 
     Raises:
-        ValueError: naming the first settings that differ.
+        ValueError: if another process is training there, or naming the settings that differ.
     """
     path = out / RUN_FILE
-    data = [shard.sha256 for shard in index.shards]
-    values = json.loads(json.dumps({**to_dict(config), "data_sha256": data}))
-    if path.is_file():
-        before, now = flat(json.loads(path.read_text())), flat(values)
-        differ = [
-            k for k in sorted(before | now) if before.get(k) != now.get(k) and k not in MAY_CHANGE
-        ]
-        if differ:
-            shown = ", ".join(f"{k} {before.get(k)} -> {now.get(k)}" for k in differ[:3])
+    shards = "".join(shard.sha256 for shard in index.shards)
+    data = hashlib.sha256(shards.encode()).hexdigest()
+    values = json.loads(json.dumps({**to_dict(config), "data": data}))
+    with (out / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
             raise ValueError(
-                f"{out} holds another run ({shown}); type another --out, or delete that folder"
-            )
-    path.write_text(json.dumps(values, indent=2) + "\n")
+                f"another process is training in {out}; wait for it, or type another --out"
+            ) from error
+        if path.is_file():
+            before, now = flat(read_json(path, "type another --out")), flat(values)
+            differ = [
+                key
+                for key in sorted(before | now)
+                if before.get(key) != now.get(key) and not key.startswith(MAY_CHANGE)
+            ]
+            if differ:
+                shown = ", ".join(f"{k} {before.get(k)} -> {now.get(k)}" for k in differ[:3])
+                raise ValueError(
+                    f"{out} holds another run ({shown}); type another --out, or delete that folder"
+                )
+        write_atomic(path, (json.dumps(values, indent=2) + "\n").encode())
+        yield
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -57,7 +57,7 @@ class Losses:
     total: Tensor  # what is differentiated
     audio: Tensor  # mean head loss over predicted latents
     end: Tensor  # weighted end-of-audio cross-entropy, 0 without that output
-    per_prediction: Tensor  # (P,) head loss, detached, NaN-safe input of the telemetry
+    per_latent: Tensor  # head loss of each predicted latent, ends left out; detached
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ case $objective in
   mntp-c) out=${3:-runs/digits-mntp-c} overrides=(masking.schedule=c) ;;
   *) echo "error: found objective '$objective', expected ntp, mntp or mntp-c" >&2; exit 2 ;;
 esac
-[ -x .venv/bin/mllm-audio ] || make .venv/dev
+make --quiet .venv/dev
 export PATH="$PWD/.venv/bin:$PATH"
 
 mllm-audio prepare "$data/captions.jsonl" --out "$out/data" --max-seconds 1.28

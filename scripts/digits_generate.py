@@ -49,6 +49,7 @@ def main() -> None:
         )
     voice = Voice.load(arguments.run)
     paths = [arguments.out / row["audio"] for row in rows]
+    (arguments.out / "wav").mkdir(parents=True, exist_ok=True)
     captions = [row["caption"] for row in rows]
     generate_to_files(voice, captions, paths, voice.defaults, arguments.seed, batch_size=50)
     text = "".join(json.dumps(row) + "\n" for row in rows)

@@ -175,6 +175,9 @@ MISTAKES = [
         ],
         "both --guidance-scale and --guidance-weight",
     ),
+    (["generate", "RUN", "xyz " * 99, "--out", "x.wav"], "text tokens, the model has room for"),
+    (["generate", "RUN", "a", "--out", "x.wav", "--seconds", "inf"], "generation.seconds=inf"),
+    (["generate", "RUN", "a", "--out", "RUN/config.json/x.wav"], "config.json"),
     (["info", "base"], "found neither a folder nor a preset 'base'"),
 ]
 
@@ -188,7 +191,14 @@ def test_a_mistake_is_one_line_and_exit_code_two(
     folder, _, _ = trip
     places = {"RUN": folder / "run", "DATA": folder / "data", "MANIFEST": folder / "manifest.jsonl"}
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["mllm-audio", *[str(places.get(a, a)) for a in arguments]])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "mllm-audio",
+            *[str(places.get(a, a.replace("RUN", str(places["RUN"])))) for a in arguments],
+        ],
+    )
     with pytest.raises(SystemExit) as stopped:
         main()
     errors = capsys.readouterr().err.strip().splitlines()

@@ -36,24 +36,46 @@ def test_override_sets_one_value(assignment, read, value):
         ("train.num_steps=many", "train.num_steps=many: .*integer"),
         ("train.num_steps=0", "train.num_steps=0 must be at least 1"),
         ("train=3", "train is a section, set one of its keys"),
-        ("train.num_steps.x=3", "'num_steps' is a value, not a section"),
+        ("train.num_steps.x=3", "'num_steps' is a value, not a section; type train.num_steps="),
         ("train.precision=fp8", "unknown precision 'fp8'"),
         (
             "train.optim.schedule=step",
             "unknown lr schedule 'step', expected one of constant, cosine",
         ),
-        ("train.optim.lr=-1", "lr=-1.0 must be positive"),
+        ("train.optim.lr=-1", r"train.optim.lr=-1.0, expected \(0, 100\]"),
+        ("train.optim.lr=nan", r"train.optim.lr=nan, expected"),
+        ("train.max_minutes=0", r"train.max_minutes=0.0, expected \(0, inf\]"),
+        ("train.validation_batches=0", "train.validation_batches=0 must be at least 1"),
+        (
+            "audio.max_tokens=10",
+            "audio.max_tokens=10 is not a multiple of audio.tokens_per",
+        ),
+        ("audio.tokens_per_column=0", r"audio.tokens_per_column=0, expected \[1"),
+        ("data.unconditional_share=5", r"data.unconditional_share=5.0, expected \[0, 1\]"),
+        ("backbone.num_heads=0", r"backbone.num_heads=0, expected \[1"),
         ("backbone.family=gpt3", "unknown backbone family 'gpt3'; did you mean 'gpt2'"),
         ("backbone.num_heads=5", "is not a multiple of backbone.num_heads=5"),
         ("generation.guidance_schedule=x", "unknown guidance schedule 'x'"),
-        ("generation.num_inference_steps=0", "num_inference_steps=0 must be at least 1"),
-        ("generation.temperature=-1", "temperature=-1.0 must not be negative"),
-        ("generation.seconds=0", "seconds=0.0 must be positive"),
+        ("generation.num_inference_steps=0", r"generation.num_inference_steps=0, expected \[1"),
+        ("generation.temperature=-1", r"generation.temperature=-1.0, expected \[0, 10\]"),
+        ("generation.temperature=nan", "generation.temperature=nan, expected"),
+        ("generation.seconds=0", r"generation.seconds=0.0, expected \(0, 86400\]"),
+        ("generation.seconds=inf", "generation.seconds=inf, expected"),
     ],
 )
 def test_mistakes_name_what_was_found(assignment, message):
     with pytest.raises(ValueError, match=message):
         override(get_preset("tiny"), [assignment])
+
+
+def test_the_example_in_the_message_is_accepted():
+    assert override(get_preset("tiny"), ["train.optim.lr=3e-4"]).train.optim.lr == 3e-4
+
+
+def test_overrides_hold_together_in_any_order():
+    pair = ["backbone.hidden_size=30", "backbone.num_heads=3"]
+    assert override(get_preset("tiny"), pair) == override(get_preset("tiny"), pair[::-1])
+    assert override(get_preset("tiny"), ["train.seed=1", "train.seed=2"]).train.seed == 2
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -143,6 +143,16 @@ def test_durations_round_up_to_columns_and_too_long_is_refused(make_model):
         token_limits(model, replace(CONFIG, seconds=0.7))
 
 
+def test_a_caption_longer_than_the_model_has_room_for_is_refused(
+    make_model, text_tokenizer, special
+):
+    model = make_model()
+    with pytest.raises(
+        ValueError, match=r"caption has \d+ text tokens, the model has room for 51"
+    ):
+        run(model, text_tokenizer, special, ["xyz " * 40], [0])
+
+
 def test_paper_models_without_an_end_output_make_every_token(make_model, text_tokenizer, special):
     model = make_model(end_of_audio=False)
     latents, _ = run(

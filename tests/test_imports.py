@@ -15,7 +15,7 @@ PACKAGE = ROOT / "mllm_audio"
 # Lowest first. A folder stands for every module in it; modules of one folder may import each other.
 LAYERS = [
     {"types", "config"},
-    {"wav", "diffusion"},
+    {"wav", "diffusion", "files"},
     {"tokenizers", "conditioners", "backbone", "heads", "masking", "text"},
     {"modality", "data"},
     {"model", "audiomar", "interop"},

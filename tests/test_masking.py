@@ -93,5 +93,5 @@ def test_unknown_schedule_names_the_nearest():
         ValueError, match="unknown masking schedule 'unifrom'; did you mean 'uniform'"
     ):
         MaskingConfig(schedule="unifrom")
-    with pytest.raises(ValueError, match=r"masking.scale=1.5 must lie in \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"masking.scale=1.5, expected \[0, 1\]"):
         MaskingConfig(scale=1.5)

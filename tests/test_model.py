@@ -79,7 +79,7 @@ def test_mntp_at_ratio_zero_is_ntp_to_the_last_bit(
     first = model(masked, seeded("noise"))
     second = model(plain, seeded("noise"))
     assert torch.equal(first.total, second.total)
-    assert torch.equal(first.per_prediction, second.per_prediction)
+    assert torch.equal(first.per_latent, second.per_latent)
     first.total.backward()
     gradients = [p.grad.clone() for p in model.audio.parameters()]
     model.zero_grad()
@@ -256,7 +256,9 @@ def test_checkpoint_round_trip_is_exact_and_the_text_side_loads_alone(
 def test_damaged_checkpoints_are_refused_in_one_line(make_model, tmp_path):
     from safetensors.torch import load_file, save_file
 
-    with pytest.raises(ValueError, match=f"found no config.json in {re.escape(str(tmp_path))}"):
+    with pytest.raises(
+        ValueError, match=f"found no config.json in {re.escape(str(tmp_path))}: expected a folder"
+    ):
         AudioLanguageModel.from_pretrained(tmp_path)
     make_model().save_pretrained(tmp_path)
     weights = tmp_path / "model.safetensors"

@@ -121,8 +121,8 @@ def test_interrupt_saves_the_step_it_stopped_after(prepared, uninterrupted, tmp_
 
 
 def test_a_run_folder_refuses_another_configuration(prepared, uninterrupted):
-    with pytest.raises(ValueError, match=r"holds another run \(train.optim.lr 0.001 -> 0.1\)"):
-        train_run(override(CONFIG, ["train.optim.lr=0.1"]), prepared, uninterrupted)
+    with pytest.raises(ValueError, match=r"holds another run \(train.batch_size 4 -> 3\)"):
+        train_run(override(CONFIG, ["train.batch_size=3"]), prepared, uninterrupted)
 
 
 def test_a_nan_stops_with_the_file_names_and_leaves_the_weights(prepared, tmp_path, monkeypatch):
@@ -143,11 +143,17 @@ def test_a_nan_stops_with_the_file_names_and_leaves_the_weights(prepared, tmp_pa
     tensors, state = load_checkpoint(list_checkpoints(tmp_path)[-1])
     assert state["step"] == 2
     assert all(bool(torch.isfinite(value).all()) for value in tensors.values())
+    monkeypatch.setattr(AudioModality, "loss", original)
+    advised = ["train.save_every=1", "train.optim.lr=1e-4"]  # what the message says to try
+    train_run(override(CONFIG, advised), prepared, tmp_path)
+    assert len(losses(tmp_path)) == 20
 
 
 def test_a_latent_out_of_range_stops_with_the_file_names(prepared, tmp_path):
     with pytest.raises(TrainingStoppedError, match=r"a latent .* stds from the mean .* \d+.wav"):
         train_run(override(CONFIG, ["train.max_abs_latent=0.5"]), prepared, tmp_path)
+    train_run(override(CONFIG, ["train.max_abs_latent=200"]), prepared, tmp_path)
+    assert len(losses(tmp_path)) == 20
 
 
 @pytest.mark.parametrize(
@@ -161,6 +167,39 @@ def test_a_latent_out_of_range_stops_with_the_file_names(prepared, tmp_path):
 def test_data_that_does_not_fit_is_refused_before_training(prepared, tmp_path, assignment, message):
     with pytest.raises(ValueError, match=message):
         train_run(override(CONFIG, [assignment]), prepared, tmp_path / "run")
+
+
+def test_following_the_advice_of_a_refusal_is_not_refused(prepared, tmp_path):
+    with pytest.raises(ValueError, match=r"set backbone.max_positions=\d+") as refused:
+        train_run(override(CONFIG, ["backbone.max_positions=20"]), prepared, tmp_path / "run")
+    advice = str(refused.value).split("set ")[1]
+    train_run(override(CONFIG, [advice, "train.num_steps=1"]), prepared, tmp_path / "run")
+
+
+def test_a_second_process_in_the_same_run_is_refused(prepared, tmp_path):
+    import fcntl
+
+    train_run(override(CONFIG, ["train.num_steps=1"]), prepared, tmp_path)
+    with (tmp_path / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="another process is training in"):
+            train_run(CONFIG, prepared, tmp_path)
+
+
+def test_a_run_killed_between_checkpoint_and_export_is_exported_when_typed_again(
+    prepared, tmp_path
+):
+    config = override(CONFIG, ["train.num_steps=5"])
+    train_run(config, prepared, tmp_path)
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (tmp_path / name).unlink()
+    assert Voice.load(train_and_return(config, prepared, tmp_path))
+    assert (tmp_path / "model.safetensors").is_file()
+
+
+def train_and_return(config, data, run):
+    train_run(config, data, run)
+    return run
 
 
 def test_a_checkpoint_appears_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -262,4 +301,4 @@ def test_log_goes_to_jsonl_and_tensorboard(uninterrupted):
     logged = [event.value for event in events.Scalars("train/audio_loss")]
     torch.testing.assert_close(torch.tensor(logged), torch.tensor(losses(uninterrupted)))
     validation = [r for r in read_log(uninterrupted) if "validation/audio_loss" in r]
-    assert [r["step"] for r in validation] == [10, 20, 20]
+    assert [r["step"] for r in validation] == [10, 20]

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
+from mllm_audio.config import check_range
 from mllm_audio.data.shards import PreparedClip
 from mllm_audio.masking import (
     MaskingConfig,
@@ -33,6 +34,11 @@ class DataConfig:
 
     unconditional_share: float = 0.1  # share of rows whose prompt is the null prompt, for guidance
     length_group: int = 8  # batches shuffled together and sorted by length, to pad less; 1 = off
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        check_range("data", self, 0, 1, "unconditional_share")
+        check_range("data", self, 1, 1_000_000, "length_group")
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from mllm_audio import wav
 from mllm_audio.config import from_dict, to_dict
-from mllm_audio.data.files import write_atomic
 from mllm_audio.data.manifest import SPLITS, ManifestRow, hash_fraction
 from mllm_audio.data.shards import PrepareSettings, ShardInfo, write_shard
+from mllm_audio.files import write_atomic
 from mllm_audio.tokenizers.base import AudioTokenizer
 
 Part = tuple[int, list[ManifestRow]]  # number of a shard, and its rows

@@ -15,10 +15,10 @@ from tqdm import tqdm
 
 from mllm_audio.data import encode, shards
 from mllm_audio.data.encode import Job, Part
-from mllm_audio.data.files import encode_lines, file_sha256, write_atomic
 from mllm_audio.data.manifest import SPLITS, read_manifest, with_validation
 from mllm_audio.data.shards import PrepareSettings, ShardIndex, TokenizerInfo
 from mllm_audio.data.workers import encode_in_workers
+from mllm_audio.files import encode_lines, file_sha256, write_atomic
 from mllm_audio.tokenizers import load_tokenizer
 from mllm_audio.tokenizers.base import AudioTokenizer
 

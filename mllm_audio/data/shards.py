@@ -33,8 +33,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from mllm_audio.config import from_dict, to_dict
-from mllm_audio.data.files import encode_lines, file_sha256, write_atomic
 from mllm_audio.data.manifest import SPLITS, ManifestRow
+from mllm_audio.files import encode_lines, file_sha256, write_atomic
 
 FORMAT_VERSION = 1
 CROPS = ("head", "random", "reject")

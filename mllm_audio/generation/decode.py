@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from mllm_audio.config import check_range
 from mllm_audio.diffusion.noise import Noise
 from mllm_audio.heads.base import SamplingConfig
 from mllm_audio.model import AudioLanguageModel
@@ -48,14 +49,12 @@ class GenerationConfig:
                 f"unknown guidance schedule {self.guidance_schedule!r}, "
                 f"expected one of {', '.join(GUIDANCE_SCHEDULES)}"
             )
-        if self.num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps={self.num_inference_steps} must be at least 1")
-        if self.temperature < 0:
-            raise ValueError(f"temperature={self.temperature} must not be negative")
-        for name in ("seconds", "max_seconds"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name}={value} must be positive")
+        check_range("generation", self, 1, 10_000, "num_inference_steps")
+        check_range("generation", self, 0, 10, "temperature")
+        check_range("generation", self, -1000, 1000, "guidance_scale", "guidance_weight")
+        check_range("generation", self, 0, 86_400, "seconds", "max_seconds", open_low=True)
+        check_range("generation", self, 0, 86_400, "min_seconds")
+        check_range("generation", self, 0, 1, "end_threshold")
 
     def scale_at(self, position: int, num_tokens: int) -> float:
         """Return MAR's s for the latent at `position` of `num_tokens`."""
@@ -97,6 +96,22 @@ def token_limits(model: AudioLanguageModel, config: GenerationConfig) -> tuple[i
     return fewest, longest
 
 
+def check_prompts(model: AudioLanguageModel, prompts: Sequence[Tensor], num_tokens: int) -> None:
+    """Refuse a prompt that leaves no room for `num_tokens` latents among the positions.
+
+    Raises:
+        ValueError: with the length found and the room there is.
+    """
+    room = model.backbone.config.max_position_embeddings - num_tokens - 1
+    longest = max(len(prompt) for prompt in prompts)
+    if longest > room:
+        raise ValueError(
+            f"a caption has {longest} text tokens, the model has room for {room} beside "
+            f"{num_tokens} latents; shorten it (unknown words are spelled in bytes), or lower "
+            "--seconds"
+        )
+
+
 @torch.inference_mode()
 def decode(
     model: AudioLanguageModel,
@@ -122,6 +137,7 @@ def decode(
     """
     audio, device = model.audio, model.device
     fewest, longest = token_limits(model, config)
+    check_prompts(model, prompts, longest)
     guided = config.scale_at(0, longest) != 1 or config.scale_at(longest - 1, longest) != 1
     batch, mask = _prompt_batch(prompts, special, guided, device, audio.config.latent_dim)
     positions = batch.position_ids[:, -1:]  # (R', 1) of `<|audio_start|>`; R' = 2R with guidance

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from mllm_audio.config import from_dict, to_dict
+from mllm_audio.config import from_dict, read_json, to_dict
 from mllm_audio.data.dataset import prompt_ids
 from mllm_audio.generation.decode import GenerationConfig, decode
-from mllm_audio.model import AudioLanguageModel
+from mllm_audio.model import AudioLanguageModel, default_device
 from mllm_audio.text import SpecialIds
 from mllm_audio.tokenizers import load_tokenizer
 from mllm_audio.tokenizers.base import AudioTokenizer
@@ -41,7 +41,7 @@ class Voice:
                 the model was trained with.
         """
         folder = Path(folder)
-        model = AudioLanguageModel.from_pretrained(folder)
+        model = AudioLanguageModel.from_pretrained(folder).to(default_device())
         audio_tokenizer = load_tokenizer(model.audio.config.tokenizer)
         expected = model.audio.config.tokenizer_fingerprint
         if expected and audio_tokenizer.fingerprint != expected:
@@ -50,7 +50,7 @@ class Voice:
                 f"{expected}, found {audio_tokenizer.fingerprint}; restore that tokenizer"
             )
         path = folder / GENERATION_FILE
-        values = json.loads(path.read_text()) if path.is_file() else {}
+        values = read_json(path, "delete it to use the defaults") if path.is_file() else {}
         defaults: GenerationConfig = from_dict(GenerationConfig, values, str(path))
         text_tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         return cls(model, text_tokenizer, audio_tokenizer, defaults)
@@ -117,7 +117,7 @@ class Voice:
     def to_clip(self, latents: Tensor, config: GenerationConfig) -> Clip:
         """Decode (N, D) latents to sound, cut to the duration asked for."""
         with torch.inference_mode():
-            waveform = self.audio_tokenizer.decode(latents[None])[0].cpu()  # (S,)
+            waveform = self.audio_tokenizer.decode(latents[None].cpu())[0]  # (S,)
         if config.seconds is not None:
             waveform = waveform[: round(config.seconds * self.audio_tokenizer.sample_rate)]
         return Clip(waveform, self.audio_tokenizer.sample_rate)

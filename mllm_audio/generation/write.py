@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from tqdm import tqdm
 
@@ -13,26 +14,29 @@ from mllm_audio.generation.decode import GenerationConfig, token_limits
 from mllm_audio.generation.voice import Voice
 
 SUFFIXES = (".wav", ".flac")
+OTHER_AUDIO = (".aac", ".aif", ".aiff", ".m4a", ".mp3", ".ogg", ".opus", ".wma")
 
 
 def output_paths(out: Path, count: int) -> list[Path]:
-    """Name one file per clip: `out` itself, or numbered WAVs in the folder `out`.
+    """Name one file per clip, `out` itself or numbered WAVs in it, and make the folder.
 
     Raises:
-        ValueError: if `out` is one file for several clips, or of an unknown format.
+        ValueError: if `out` is one file for several clips, or of a format we do not write.
+        OSError: if the folder cannot be made or written to.
     """
-    if out.suffix and not out.is_dir():
-        if out.suffix.lower() not in SUFFIXES:
-            raise ValueError(
-                f"--out {out}: unknown suffix {out.suffix!r}, expected {' or '.join(SUFFIXES)}"
-            )
-        if count > 1:
-            raise ValueError(f"--out {out} is one file, found {count} captions; type a folder")
-        return [out]
-    if out.is_file():
+    is_file = out.suffix.lower() in (*SUFFIXES, *OTHER_AUDIO) and not out.is_dir()
+    if is_file and out.suffix.lower() in OTHER_AUDIO:
+        known = " or ".join(SUFFIXES)
+        raise ValueError(f"--out {out}: unknown suffix {out.suffix!r}, expected {known}")
+    if is_file and count > 1:
+        raise ValueError(f"--out {out} is one file, found {count} captions; type a folder")
+    if not is_file and out.is_file():
         raise ValueError(f"--out {out} is a file, expected a folder or a name ending in .wav")
     width = max(3, len(str(count - 1)))
-    return [out / f"{index:0{width}}.wav" for index in range(count)]
+    paths = [out] if is_file else [out / f"{index:0{width}}.wav" for index in range(count)]
+    paths[0].parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryFile(dir=paths[0].parent):  # before the work, not after it
+        return paths
 
 
 def generate_to_files(
@@ -52,7 +56,6 @@ def generate_to_files(
         )
         bar.update(bar.total - bar.n)  # clips that ended early
     for path, clip in zip(paths, clips, strict=True):
-        path.parent.mkdir(parents=True, exist_ok=True)
         wav.write(path, clip.waveform, clip.sample_rate)
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 
+from mllm_audio.config import nearest
 from mllm_audio.heads.base import Head, HeadConfig
 from mllm_audio.heads.ddpm import DDPMHead
 from mllm_audio.heads.flow import FlowHead
@@ -19,9 +19,8 @@ def build_head(config: HeadConfig, latent_dim: int, condition_dim: int) -> Head:
         ValueError: if no head has that name.
     """
     if config.name not in HEADS:
-        nearest = difflib.get_close_matches(config.name, HEADS, n=1, cutoff=0)
         raise ValueError(
-            f"head.name is {config.name!r}; known heads are {', '.join(HEADS)}; "
-            f"did you mean {nearest[0]!r}?"
+            f"unknown head {config.name!r}; {nearest(config.name, HEADS)} "
+            f"(heads: {', '.join(HEADS)})"
         )
     return HEADS[config.name](config, latent_dim, condition_dim)

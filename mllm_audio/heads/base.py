@@ -25,6 +25,9 @@ class HeadConfig:
     num_train_timesteps: int = 1000  # ddpm: length of the noising chain
     # ddpm: bound of the predicted clean latents, in standard deviations; None (the paper) is off
     clamp_predicted: float | None = None
+    # flow: mean of the logit-normal training times; below 0 there is more training at the start
+    # of the path, where it is decided which sound comes
+    time_shift: float = 0.0
 
     def __post_init__(self) -> None:
         least = {"width": 1, "num_blocks": 1, "batch_multiplier": 1, "num_train_timesteps": 2}

@@ -39,7 +39,8 @@ class FlowHead(nn.Module):
         repeats, device = self.config.batch_multiplier, latents.device
         latents = latents.repeat(repeats, 1)  # (repeats * P, D)
         embedding = self.network.embed_condition(condition).repeat(repeats, 1)
-        times = draw_normal((len(latents),), device, generator).sigmoid()
+        times = draw_normal((len(latents),), device, generator)
+        times = (times + self.config.time_shift).sigmoid()  # (repeats * P,)
         noise = draw_normal(latents.shape, device, generator)
         squared = self.loss_terms(latents, embedding, times, noise, channel_weight)
         return squared.view(repeats, len(condition)).mean(0)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mllm_audio.tokenizers import mel
+from mllm_audio.tokenizers.base import num_columns
 
 LOBE = 5  # bins to each side that share one starting frequency, about one mel band
 
@@ -77,7 +78,7 @@ class DCTTokenizer:
     def encode(self, waveforms: Tensor) -> Tensor:
         """Encode (B, S) float32 waveforms to (B, N, D) latents, S zero-padded to whole columns."""
         num_samples = waveforms.shape[-1]
-        columns = max(1, math.ceil(num_samples / self.samples_per_column))
+        columns = num_columns(self, num_samples)
         missing = columns * self.samples_per_column - num_samples
         log_mel = mel.log_mel(functional.pad(waveforms, (0, missing)))  # (B, F, 64)
 

@@ -90,4 +90,6 @@ class SingleProcessEngine:
         parameters = dict(self.model.named_parameters())
         for name, value in parts["optimizer"].items():
             parameter_name, _, key = name.rpartition(".")
-            self.optimizer.state[parameters[parameter_name]][key] = value.clone()
+            self.optimizer.state[parameters[parameter_name]][key] = value.to(
+                parameters[parameter_name].device, copy=True
+            )

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from mllm_audio.config import check_range
+
 LR_SCHEDULES = ("constant", "cosine")
 
 
@@ -29,8 +31,8 @@ class OptimConfig:
             raise ValueError(
                 f"unknown lr schedule {self.schedule!r}, expected one of {', '.join(LR_SCHEDULES)}"
             )
-        if not self.lr > 0:
-            raise ValueError(f"lr={self.lr} must be positive")
+        check_range("train.optim", self, 0, 100, "lr", "max_grad_norm", open_low=True)
+        check_range("train.optim", self, 0, 1, "final_lr_share", "weight_decay")
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from mllm_audio.config import check_range as check_config_range
 from mllm_audio.config import nearest
 from mllm_audio.data.dataset import TrainingData, seeded
 from mllm_audio.training.checkpoint import (
@@ -53,7 +54,10 @@ class TrainConfig:
             raise ValueError(
                 f"unknown precision {self.precision!r}; {nearest(self.precision, PRECISIONS)}"
             )
+        check_config_range("train", self, 0, math.inf, "max_minutes", open_low=True)
+        check_config_range("train", self, 0, 1, "ema_decay")
         for name in (
+            "validation_batches",
             "num_steps",
             "batch_size",
             "log_every",
@@ -97,7 +101,7 @@ def train(
     step, seconds = resume(engine, run)
     log = TrainLog(run, first_step=step + 1)
     bar = tqdm(total=1.0, desc="training", bar_format=BAR_FORMAT, dynamic_ncols=True)
-    started, first, steps = time.monotonic() - seconds, step, data.steps(step)
+    started, steps = time.monotonic() - seconds, data.steps(step)
 
     def save() -> None:
         state = {"step": step, "seconds": time.monotonic() - started}
@@ -125,10 +129,11 @@ def train(
                 log.write(step, validate(engine, validation, config))
             if step % config.save_every == 0:
                 save()
-        if validation is not None and step > first and not stop.requested:
+        if validation is not None and log.validated < step and not stop.requested:
             log.write(step, validate(engine, validation, config))
         if not has_checkpoint(run, step):
             save()
+        export()  # also where a kill fell between the last checkpoint and its export
     if stop.requested:
         raise KeyboardInterrupt(f"stopped after step {step}")
 

@@ -46,5 +46,5 @@ def write_atomic(path: Path, data: bytes) -> None:
         raise OSError(
             error.errno,
             f"cannot write {path} ({error.strerror}); free space or fix permissions and run the "
-            "same command again, finished shards are kept",
+            "same command again, what is finished is kept",
         ) from error
