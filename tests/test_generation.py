@@ -147,9 +147,7 @@ def test_a_caption_longer_than_the_model_has_room_for_is_refused(
     make_model, text_tokenizer, special
 ):
     model = make_model()
-    with pytest.raises(
-        ValueError, match=r"caption has \d+ text tokens, the model has room for 51"
-    ):
+    with pytest.raises(ValueError, match=r"caption has \d+ text tokens, the model has room for 51"):
         run(model, text_tokenizer, special, ["xyz " * 40], [0])
 
 
