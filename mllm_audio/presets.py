@@ -31,7 +31,7 @@ class RunConfig:
 
 
 def digits() -> RunConfig:
-    """Spoken digits on two CPU cores in half an hour: under 10 M parameters, clips to 1.28 s."""
+    """Spoken digits on two CPU cores in a quarter of an hour: 6.3 M parameters, clips to 1.28 s."""
     return RunConfig(
         preset="digits",
         backbone=BackboneConfig(
@@ -42,7 +42,8 @@ def digits() -> RunConfig:
             channel_weight_exponent=0.7,
             head=HeadConfig(name="flow", width=384, num_blocks=3, batch_multiplier=2),
         ),
-        masking=MaskingConfig(schedule="ntp"),
+        # The paper's schedule drops too much of clips this short (13 latents on average).
+        masking=MaskingConfig(schedule="uniform", scale=0.5),
         train=TrainConfig(
             num_steps=20_000,
             max_minutes=12,
@@ -75,6 +76,7 @@ def tiny() -> RunConfig:
             position_init_std=1.0,
             head=replace(base.audio.head, time_shift=-1.0),
         ),
+        masking=MaskingConfig(schedule="ntp"),
         train=replace(base.train, max_minutes=10.5, batch_size=16, num_steps=30_000),
     )
 

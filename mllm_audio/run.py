@@ -174,8 +174,8 @@ def claimed(out: Path, config: RunConfig, index: ShardIndex) -> Iterator[None]:
     """
     path = out / RUN_FILE
     shards = "".join(shard.sha256 for shard in index.shards)
-    data = hashlib.sha256(shards.encode()).hexdigest()
-    values = json.loads(json.dumps({**to_dict(config), "data": data}))
+    digest = hashlib.sha256(shards.encode()).hexdigest()
+    values = json.loads(json.dumps({**to_dict(config), "data_sha256": digest}))
     with (out / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
