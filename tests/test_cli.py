@@ -127,6 +127,8 @@ def test_an_interrupted_training_says_how_to_continue_and_does(trip, tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # A test run in the background of a shell inherits an ignored SIGINT.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     deadline = time.monotonic() + 120
     log = tmp_path / "run/log.jsonl"
