@@ -71,6 +71,13 @@ def rejected(out):
 # Manifests
 
 
+@pytest.mark.parametrize("name", ["valid", "val", "dev", "validation"])
+def test_other_names_of_the_validation_split_are_understood(tmp_path, name):
+    manifest = tmp_path / "m.csv"
+    manifest.write_text(f"audio,caption,split\na.wav,a sound,{name}\n")
+    assert [row.split for row in read_manifest(manifest)] == ["validation"]
+
+
 def test_jsonl_row_keeps_wordings_in_order_and_other_columns_as_text(tmp_path):
     row = {"audio": "a.wav", "caption": " b ", "captions": ["c", "b"], "fold": 1, "label": "x"}
     manifest = write_manifest(tmp_path / "m.jsonl", [row])
@@ -105,7 +112,7 @@ def test_csv_equals_jsonl(tmp_path):
         ("m.jsonl", '{"audio": "a", "caption": "\\ud800"}', r":1: .*expected valid Unicode"),
         ("m.jsonl", '{"audio": "a", "caption": "b", "captions": "c"}', r":1: captions is 'c'"),
         ("m.jsonl", '{"audio": "a", "caption": "b", "captions": [""]}', r":1: captions is ''"),
-        ("m.jsonl", '{"audio": "a", "caption": "b", "split": "dev"}', r":1: split is 'dev'"),
+        ("m.jsonl", '{"audio": "a", "caption": "b", "split": "devel"}', r":1: split is 'devel'"),
         ("m.jsonl", "", "has no rows"),
         ("m.jsonl", b"\xff\xfe", "not UTF-8"),
         ("m.csv", "audio,text\na,b\n", r"m\.csv:2: no 'caption' among the columns"),
@@ -614,5 +621,5 @@ def test_unreadable_index_is_refused(tmp_path):
 def test_unknown_split_is_refused_and_an_unused_one_is_empty(tmp_path):
     run(tones(tmp_path, 2), tmp_path / "out")
     assert load_split(tmp_path / "out", "test") == []
-    with pytest.raises(ValueError, match="split is 'dev', expected one of train"):
+    with pytest.raises(ValueError, match="split is 'devel', expected one of train"):
         load_split(tmp_path / "out", "dev")

@@ -5,7 +5,7 @@ A manifest is a JSON-lines file (`.jsonl`) or a CSV file with a header (`.csv`),
     audio     path of a sound file, relative to the manifest's folder; required
     caption   text that describes it; required
     captions  list of alternative wordings; optional, JSON lines only
-    split     train, validation or test; optional, train if absent or empty
+    split     train, validation (or valid, val, dev) or test; optional, train if absent or empty
 
 Every other column is kept, as text, in `ManifestRow.extra`.
 """
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 SPLITS = ("train", "validation", "test")
+SPLIT_ALIASES = {"valid": "validation", "val": "validation", "dev": "validation"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +155,7 @@ def _check_row(path: Path, line: int, values: dict[str, Any]) -> ManifestRow:
         )
     captions = [caption, *(_check_text(where, "captions", wording) for wording in wordings)]
     split = values.get("split") or "train"
+    split = SPLIT_ALIASES.get(split, split) if isinstance(split, str) else split
     if split not in SPLITS:
         raise ValueError(f"{where}: split is {split!r}, expected one of {', '.join(SPLITS)}")
     extra = {
