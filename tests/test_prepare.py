@@ -621,5 +621,5 @@ def test_unreadable_index_is_refused(tmp_path):
 def test_unknown_split_is_refused_and_an_unused_one_is_empty(tmp_path):
     run(tones(tmp_path, 2), tmp_path / "out")
     assert load_split(tmp_path / "out", "test") == []
-    with pytest.raises(ValueError, match="split is 'devel', expected one of train"):
+    with pytest.raises(ValueError, match="split is 'dev', expected one of train"):
         load_split(tmp_path / "out", "dev")
