@@ -131,9 +131,10 @@ def train(
                 save()
         if validation is not None and log.validated < step and not stop.requested:
             log.write(step, validate(engine, validation, config))
-        if not has_checkpoint(run, step):
+        if has_checkpoint(run, step):
+            export()  # a kill may have fallen between that checkpoint and its export
+        else:
             save()
-        export()  # also where a kill fell between the last checkpoint and its export
     if stop.requested:
         raise KeyboardInterrupt(f"stopped after step {step}")
 
