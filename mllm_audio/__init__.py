@@ -7,6 +7,7 @@ from typing import Any
 
 # Public names and their homes. Loaded on first use, so that `import mllm_audio` costs nothing.
 _HOMES = {
+    "AdaptConfig": "mllm_audio.adapter",
     "AudioConfig": "mllm_audio.modality",
     "AudioLanguageModel": "mllm_audio.model",
     "AudioModality": "mllm_audio.modality",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -91,11 +92,44 @@ def build_backbone(config: BackboneConfig, vocab_size: int) -> PreTrainedModel:
     return from_hf_config(FAMILIES[config.family](config, vocab_size))
 
 
-def from_hf_config(config: PretrainedConfig) -> PreTrainedModel:
-    """Build the causal LM that an HF configuration describes, with random float32 weights."""
+def from_hf_config(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Build the causal LM that an HF configuration describes, with random weights."""
     return AutoModelForCausalLM.from_config(
-        config, attn_implementation="sdpa", dtype=torch.float32, trust_remote_code=False
+        config, attn_implementation="sdpa", dtype=dtype, trust_remote_code=False
     )
+
+
+def embedding_scale(backbone: PreTrainedModel) -> float:
+    """Return what the embedding layer multiplies its rows by (Gemma), else 1."""
+    return float(getattr(backbone.get_input_embeddings(), "embed_scale", 1.0))
+
+
+def is_tied(backbone: PreTrainedModel) -> bool:
+    """Tell whether input and output embeddings are one tensor."""
+    return backbone.get_input_embeddings().weight is backbone.get_output_embeddings().weight
+
+
+def text_logits(
+    backbone: PreTrainedModel,
+    hidden_states: Tensor,
+    edit: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Apply the text head to (..., H) hidden states; return (..., V).
+
+    `edit` sees the logits before the scaling (Granite, Cohere) and soft cap (Gemma) of some
+    families.
+    """
+    logits: Tensor = backbone.get_output_embeddings()(hidden_states)
+    if edit is not None:
+        logits = edit(logits)
+    config = backbone.config
+    if divisor := getattr(config, "logits_scaling", None):
+        logits = logits / divisor
+    if factor := getattr(config, "logit_scale", None):
+        logits = logits * factor
+    if cap := getattr(config, "final_logit_softcapping", None):
+        logits = torch.tanh(logits / cap) * cap
+    return logits
 
 
 def run(
@@ -104,6 +138,7 @@ def run(
     position_ids: Tensor,
     attention_mask: Tensor | None = None,
     cache: Cache | None = None,
+    segment_ids: Tensor | None = None,
 ) -> Tensor:
     """Run the decoder below its text head.
 
@@ -113,6 +148,7 @@ def run(
         position_ids: (B, T), gaps allowed.
         attention_mask: (B, cached + T) bool, false where a row is padded; None if nowhere.
         cache: keys and values of earlier positions, extended in place.
+        segment_ids: (B, T) of packed rows, which attention must not cross; without a cache.
 
     Returns:
         (B, T, H) hidden states after the final norm.
@@ -123,16 +159,64 @@ def run(
         attention_mask = torch.ones(
             inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device
         )
+    mask: Tensor | dict[str, Tensor] = attention_mask
+    if cache is None and (segment_ids is not None or _window_binds(backbone, position_ids)):
+        mask = _square_mask(backbone, position_ids, segment_ids)
     options: dict[str, Any] = {"past_key_values": cache, "use_cache": cache is not None}
     with _attention_kernel(inputs_embeds):
         output = backbone.base_model(
             inputs_embeds=inputs_embeds,
             position_ids=position_ids,
-            attention_mask=attention_mask,
+            attention_mask=mask,
             **options,
         )
     hidden_states: Tensor = output.last_hidden_state
     return hidden_states
+
+
+def check_positions(backbone: PreTrainedModel, position_ids: Tensor) -> None:
+    """Refuse positions the backbone was not trained with.
+
+    Raises:
+        ValueError: naming the limit.
+    """
+    limit = backbone.config.max_position_embeddings
+    last = int(position_ids.max())
+    if last >= limit:
+        raise ValueError(
+            f"a sequence of {last + 1} text and audio positions is longer than the model's "
+            f"max_position_embeddings={limit}; shorten the text or the audio"
+        )
+
+
+def _window_binds(backbone: PreTrainedModel, position_ids: Tensor) -> bool:
+    """Tell whether sliding-window attention hides a position of these rows from another."""
+    window = getattr(backbone.config, "sliding_window", None)
+    return window is not None and int(position_ids.max()) >= window
+
+
+def _square_mask(
+    backbone: PreTrainedModel, position_ids: Tensor, segment_ids: Tensor | None
+) -> Tensor | dict[str, Tensor]:
+    """Build (B, 1, T, T) masks, true where the row's element may look at the column's.
+
+    A sliding window is measured in positions, gaps counted: a dropped token takes its place in it,
+    as it does when the whole sequence is generated.
+    """
+    length = position_ids.shape[1]
+    square = torch.ones(length, length, dtype=torch.bool, device=position_ids.device).tril()
+    full = square.expand(len(position_ids), 1, length, length)
+    if segment_ids is not None:
+        full = full & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
+    window = getattr(backbone.config, "sliding_window", None)
+    if window is None:
+        return full
+    distance = position_ids[:, None, :, None] - position_ids[:, None, None, :]
+    sliding = full & (distance < window)
+    kinds = set(getattr(backbone.config, "layer_types", None) or ["sliding_attention"])
+    if len(kinds) > 1:
+        return {"full_attention": full, "sliding_attention": sliding}
+    return sliding if kinds == {"sliding_attention"} else full
 
 
 def _attention_kernel(inputs_embeds: Tensor) -> AbstractContextManager[None]:

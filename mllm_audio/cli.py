@@ -112,6 +112,76 @@ def train(preset: str, data: Path, out: Path, overrides: tuple[str, ...]) -> Non
     click.echo(f'trained: type  mllm-audio generate {out} "YOUR CAPTION" --out sound.wav')
 
 
+@cli.command("add-voice")
+@click.argument("base", metavar="BASE")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the voice.")
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    help="Folder that prepare wrote, of conversations or captions; without it the voice is "
+    "written untrained.",
+)
+@click.option("--lora", is_flag=True, help="Train LoRA layers; by default BASE stays as it is.")
+@click.option("--full", is_flag=True, help="Train all of BASE.")
+@click.option(
+    "--replay",
+    type=click.Path(path_type=Path),
+    help="JSONL of {text} or {messages}, mixed in so that text ability stays.",
+)
+@click.option(
+    "--held-out-text",
+    type=click.Path(path_type=Path),
+    help="JSONL of {text}, or a .txt: report its perplexity under BASE and the voice.",
+)
+@click.option("--preset", default="voice", show_default=True, help="voice or voice_digits.")
+@click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]...")
+def add_voice(
+    base: str,
+    out: Path,
+    data: Path | None,
+    lora: bool,
+    full: bool,
+    replay: Path | None,
+    held_out_text: Path | None,
+    preset: str,
+    overrides: tuple[str, ...],
+) -> None:
+    """Give the language model BASE (a folder or hub id) a voice, and train it on DATA.
+
+    The same command again resumes where it stopped.
+    """
+    from mllm_audio.add_voice import add_voice as write_untrained
+    from mllm_audio.add_voice import train_added_voice, voice_config
+    from mllm_audio.config import override
+    from mllm_audio.presets import get_preset
+
+    config = override(voice_config(get_preset(preset), base, lora=lora, full=full), overrides)
+    if data is None:
+        if replay or held_out_text:
+            raise ValueError("found --replay or --held-out-text without --data; type --data DIR")
+        write_untrained(config, out)
+        click.echo(
+            f"untrained voice in {out}: type  mllm-audio add-voice {base} --data DATA --out RUN"
+        )
+        return
+    _, drift = train_added_voice(config, data, out, replay=replay, held_out=held_out_text)
+    if drift is not None:
+        click.echo(str(drift))
+    click.echo(f"trained: type  mllm-audio chat {out}")
+
+
+@cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="New folder.")
+@click.option("--base", help="Where the base model is now, if it moved.")
+def merge(run: Path, out: Path, base: str | None) -> None:
+    """Merge the adapter in RUN into its base model: a standalone checkpoint in OUT."""
+    from mllm_audio.add_voice import merge as write_merged
+
+    write_merged(run, out, base)
+    click.echo(out)
+
+
 @cli.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.argument("captions", nargs=-1, required=True, metavar="CAPTION...")

@@ -11,6 +11,7 @@ from pathlib import Path
 import click
 
 from mllm_audio import wav
+from mllm_audio.build import count_parameters
 from mllm_audio.config import read_json
 from mllm_audio.data.prepare import prepare
 from mllm_audio.data.shards import PreparedClip, load_split
@@ -20,7 +21,7 @@ from mllm_audio.evaluation.report import Pair, loss_chart, side_by_side, write_p
 from mllm_audio.generation.voice import Voice
 from mllm_audio.generation.write import generate_to_files, output_paths
 from mllm_audio.presets import RunConfig, tiny
-from mllm_audio.run import count_parameters, train_run
+from mllm_audio.run import train_run
 from mllm_audio.training.log import read_log
 
 NUM_HELD_OUT = 80  # captions of combinations that training never sees

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mllm_audio.build import build_model, count_parameters, special_tokenizer
 from mllm_audio.generation.voice import Voice
 from mllm_audio.model import AudioLanguageModel
 from mllm_audio.presets import PRESETS, get_preset
-from mllm_audio.run import build_model, count_parameters, special_tokenizer
 
 
 def describe(name: str) -> str:

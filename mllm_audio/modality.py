@@ -30,6 +30,10 @@ class AudioConfig:
         True  # predict where a clip ends; the paper's models always make max_tokens
     )
     end_loss_weight: float = 0.1  # of the end-of-audio cross-entropy beside the head's loss
+    text_loss_weight: float = 1.0  # of the cross-entropy of text that a model says
+    # Variance-preserving noise on latents that are heard, in training only: up to this share of
+    # their standard deviation, so that a model bears with its own errors over long clips.
+    context_noise: float = 0.0
     null_prompt_length: int = 1  # vectors of the null prompt; 1 is broadcast over any text
     channel_weight_exponent: float = (
         0.0  # loss weight of a channel = its std to this power; 0 = the paper
@@ -42,7 +46,8 @@ class AudioConfig:
         counts = ("latent_dim", "tokens_per_column", "max_tokens", "null_prompt_length")
         check_range("audio", self, 1, 10_000_000, *counts)
         check_range("audio", self, 0, 1000, "column_seconds", "position_init_std", open_low=True)
-        check_range("audio", self, 0, 1000, "end_loss_weight")
+        check_range("audio", self, 0, 1000, "end_loss_weight", "text_loss_weight")
+        check_range("audio", self, 0, 1, "context_noise")
         check_range("audio", self, 0, 10, "channel_weight_exponent")
         if self.max_tokens % self.tokens_per_column:
             raise ValueError(
@@ -133,9 +138,26 @@ class AudioModality(nn.Module):
 
     def embed(self, latents: Tensor, content_positions: Tensor) -> Tensor:
         """Embed (M, D) latents that stand at (M,) content positions; return (M, H)."""
-        rows = pad_rows(self.normalise(latents)) if self.training else self.normalise(latents)
+        rows = self.normalise(latents)
+        if self.training:
+            rows = pad_rows(self.disturb(rows))
         embeds = self.latent_norm(self.latent_proj(rows))[: len(latents)]
         return embeds + self.content_positions(content_positions)
+
+    def disturb(self, latents: Tensor) -> Tensor:
+        """Mix noise into (M, D) normalised latents, their variance kept.
+
+        Each takes a noise level of its own, uniform up to `context_noise`.
+        """
+        if self.config.context_noise == 0:
+            return latents
+        level = self.config.context_noise * torch.rand(len(latents), 1, device=latents.device)
+        return (1 - level**2).sqrt() * latents + level * torch.randn_like(latents)
+
+    @torch.no_grad()
+    def match_scale(self, std: float) -> None:
+        """Start audio embeddings at the deviation of a trained backbone's text embeddings."""
+        self.latent_norm.weight.fill_(std)
 
     def embed_targets(self, target_positions: Tensor) -> Tensor:
         """Embed (P,) target positions; the (P, H) result is added to the elements that predict."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+from mllm_audio.adapter import AdaptConfig
 from mllm_audio.backbone import BackboneConfig
 from mllm_audio.config import nearest
 from mllm_audio.data.dataset import DataConfig
@@ -22,7 +23,9 @@ class RunConfig:
 
     preset: str  # name it started from
     text_vocab_size: int = 2048  # at most; of the BPE trained on the captions
-    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    backbone: BackboneConfig | None = field(default_factory=BackboneConfig)  # None: `base` is used
+    base: str | None = None  # folder or hub id of a trained language model, in place of `backbone`
+    adapt: AdaptConfig = field(default_factory=AdaptConfig)  # what of `base` training may change
     audio: AudioConfig = field(default_factory=AudioConfig)
     masking: MaskingConfig = field(default_factory=MaskingConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -64,6 +67,7 @@ def digits() -> RunConfig:
 def tiny() -> RunConfig:
     """The demo's model: clips to 2.56 s, minutes on two CPU cores."""
     base = digits()
+    assert base.backbone is not None
     return replace(
         base,
         preset="tiny",
@@ -81,7 +85,47 @@ def tiny() -> RunConfig:
     )
 
 
-PRESETS: dict[str, Callable[[], RunConfig]] = {"tiny": tiny, "digits": digits}
+def voice() -> RunConfig:
+    """A voice for a trained language model of any size: clips to 10.24 s."""
+    return RunConfig(
+        preset="voice",
+        backbone=None,
+        audio=AudioConfig(
+            channel_weight_exponent=0.7,
+            head=HeadConfig(name="flow", width=1024, num_blocks=3),
+        ),
+        masking=MaskingConfig(schedule="uniform", scale=0.5),
+        data=DataConfig(replay_share=0.25),
+        train=TrainConfig(
+            num_steps=20_000,
+            batch_size=32,
+            ema_decay=0.999,
+            optim=OptimConfig(lr=3e-4, schedule="cosine", max_grad_norm=1.0, backbone_lr_share=0.2),
+        ),
+        generation=digits().generation,
+    )
+
+
+def voice_digits() -> RunConfig:
+    """A voice for a small language model that says single words, in minutes on two CPU cores."""
+    base, small = voice(), digits()
+    return replace(
+        base,
+        preset="voice_digits",
+        audio=small.audio,
+        train=replace(
+            small.train,
+            optim=replace(small.train.optim, backbone_lr_share=0.2),
+        ),
+    )
+
+
+PRESETS: dict[str, Callable[[], RunConfig]] = {
+    "tiny": tiny,
+    "digits": digits,
+    "voice": voice,
+    "voice_digits": voice_digits,
+}
 
 
 def get_preset(name: str) -> RunConfig:

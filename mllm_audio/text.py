@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 AUDIO_START = "<|audio_start|>"  # opens a span: the paper's BOS
@@ -39,8 +47,22 @@ class SpecialIds:
             )
         return cls(**{token[2:-2]: vocabulary[token] for token in SPECIAL_TOKENS})
 
+    @property
+    def all(self) -> list[int]:
+        """List the ids in the order of `SPECIAL_TOKENS`."""
+        return [self.audio_start, self.audio, self.audio_end, self.cond]
 
-def train_text_tokenizer(texts: Iterable[str], vocab_size: int = 2048) -> PreTrainedTokenizerBase:
+
+def add_special_tokens(text_tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Add `SPECIAL_TOKENS` to a text tokenizer, in place; return their ids in that order."""
+    tokens = [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS]
+    text_tokenizer.add_tokens(tokens, special_tokens=True)
+    return SpecialIds.of(text_tokenizer).all
+
+
+def train_text_tokenizer(
+    texts: Iterable[str], vocab_size: int = 2048, special_tokens: Sequence[str] = SPECIAL_TOKENS
+) -> PreTrainedTokenizerBase:
     """Train a lower-casing byte-level BPE, on captions usually.
 
     A small corpus merges every word it holds into one token, which keeps prompts short; a word
@@ -53,13 +75,13 @@ def train_text_tokenizer(texts: Iterable[str], vocab_size: int = 2048) -> PreTra
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=1,
-        special_tokens=list(SPECIAL_TOKENS),
+        special_tokens=list(special_tokens),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     bpe.train_from_iterator(sorted(texts), trainer)  # sorted: merges must not depend on the order
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
-        additional_special_tokens=list(SPECIAL_TOKENS),
+        additional_special_tokens=list(special_tokens),
         clean_up_tokenization_spaces=False,
     )

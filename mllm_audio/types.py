@@ -30,16 +30,19 @@ class Batch:
 
     input_ids: Tensor  # (B, T) int64, `<|audio|>` marks the place of a latent
     position_ids: Tensor  # (B, T) int64, keep the gaps of dropped tokens
-    is_prompt: Tensor  # (B, T) bool, text and prompt embeddings: what `unconditional` replaces
+    is_null: Tensor  # (B, T) bool, text and prompt embeddings that the null prompt replaces
     is_audio: Tensor  # (B, T) bool, elements that hold a latent; M are true
     predicts: Tensor  # (B, T) bool, elements that predict a latent or the end; P are true
+    text_labels: Tensor  # (B, T) int64, the text id to say next, -100 where none is learned
+    segment_ids: (
+        Tensor | None
+    )  # (B, T) int64, from 1 along a packed row, 0 is padding; None: padded
     latents: Tensor  # (M, D) float, in row-major order of `is_audio`
     content_positions: Tensor  # (M,) int64
     target_positions: Tensor  # (P,) int64, in row-major order of `predicts`
     target_latents: Tensor  # (P, D) float, zeros where `target_is_end`
     target_is_end: Tensor  # (P,) bool, the target is `<|audio_end|>`
     end_weight: Tensor  # (P,) float, importance weight of "is the target the end?" under masking
-    unconditional: Tensor  # (B,) bool, rows whose prompt is replaced by the null prompt
     masking_ratio: float  # share of latents dropped from each row
     names: tuple[str, ...]  # (B,) where each row came from, for error messages
 
@@ -55,6 +58,7 @@ class Losses:
     """What one training step reports. Scalars unless a shape is given."""
 
     total: Tensor  # what is differentiated
+    text: Tensor  # mean cross-entropy over learned text ids, 0 without any
     audio: Tensor  # mean head loss over predicted latents
     end: Tensor  # weighted end-of-audio cross-entropy, 0 without that output
     per_latent: Tensor  # head loss of each predicted latent, ends left out; detached
@@ -66,3 +70,21 @@ class Clip:
 
     waveform: Tensor  # (S,) float32, mono, nominally in [-1, 1]
     sample_rate: int  # Hz
+
+
+@dataclass(frozen=True)
+class TextDelta:
+    """The next characters of a reply."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class AudioChunk:
+    """The next piece of a span of audio in a reply; in this version a whole span."""
+
+    waveform: Tensor  # (S,) float32, mono, nominally in [-1, 1]
+    sample_rate: int  # Hz
+    span: int  # number of the span in the reply, from 0
+    latents: Tensor  # (N, D) of this piece, as the tokenizer makes them
+    last: bool = True  # nothing more of the span follows

@@ -78,7 +78,7 @@ def family(request):
 @pytest.fixture
 def make_model(text_tokenizer):
     """Build a tiny model whose zero-initialised outputs are made random, so that nothing is 0."""
-    from mllm_audio.run import build_model
+    from mllm_audio.build import build_model
 
     def make(family: str = "gpt2", head: str = "flow", **audio):
         config = test_run_config()
@@ -125,3 +125,74 @@ def prepared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tones")
     prepare(sine_manifest(folder), folder / "data", "dct", progress=False)
     return folder / "data"
+
+
+# Decoders of every family that is tested, as their checkpoints are configured, but tiny.
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+BASES = {
+    "gpt2": ("GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}),
+    "llama": ("LlamaConfig", {}),
+    "llama_tied": ("LlamaConfig", {"tie_word_embeddings": True}),
+    "qwen2": ("Qwen2Config", {"tie_word_embeddings": True, "vocab_size": 320}),  # spare rows
+    "qwen3": ("Qwen3Config", {"head_dim": 8}),
+    "mistral": ("MistralConfig", {"sliding_window": 12}),
+    "gemma2": ("Gemma2Config", {"head_dim": 8, "sliding_window": 12}),
+    "gemma3": (
+        "Gemma3TextConfig",
+        {
+            "head_dim": 8,
+            "sliding_window": 12,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+    "granite": ("GraniteConfig", {"logits_scaling": 8.0, "embedding_multiplier": 12.0}),
+    "phi": ("PhiConfig", {}),
+    "cohere": ("CohereConfig", {}),
+    "gpt_neox": ("GPTNeoXConfig", {}),
+}
+
+
+def write_base(folder: Path, name: str = "gpt2", seed: int = 0) -> Path:
+    """Write a tiny random checkpoint with a text tokenizer, in the layout of its family."""
+    import transformers
+
+    from mllm_audio.text import SPECIAL_TOKENS, train_text_tokenizer
+
+    tokenizer = train_text_tokenizer(CAPTIONS, vocab_size=300, special_tokens=["<|end|>"])
+    tokenizer.eos_token = "<|end|>"
+    assert not set(SPECIAL_TOKENS) & set(tokenizer.get_vocab())
+    tokenizer.save_pretrained(folder)
+    kind, options = BASES[name]
+    sizes = SIZES if name != "gpt2" else {"bos_token_id": None, "eos_token_id": None}
+    sizes = {"vocab_size": len(tokenizer)} | sizes | options
+    config = getattr(transformers, kind)(**sizes)
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():  # norms and biases too: nothing may be 0 or 1 by chance of its start
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """Give the folder of a tiny base model of a family."""
+    made: dict[str, Path] = {}
+
+    def get(name: str = "gpt2") -> Path:
+        if name not in made:
+            made[name] = write_base(tmp_path_factory.mktemp(name), name)
+        return made[name]
+
+    return get

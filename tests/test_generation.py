@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from mllm_audio import backbone as backbones
-from mllm_audio.data.dataset import Audio, Text, collate, prompt_ids
+from mllm_audio.data.dataset import prompt_ids
+from mllm_audio.data.layout import Audio, Text, collate
 from mllm_audio.diffusion.noise import Noise
 from mllm_audio.generation.decode import GenerationConfig, decode, token_limits
 from mllm_audio.heads.base import SamplingConfig

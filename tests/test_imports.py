@@ -16,19 +16,22 @@ PACKAGE = ROOT / "mllm_audio"
 LAYERS = [
     {"types", "config"},
     {"wav", "diffusion", "files"},
-    {"tokenizers", "conditioners", "backbone", "heads", "masking", "text"},
-    {"modality", "data"},
+    {"tokenizers", "conditioners", "backbone", "heads", "masking", "text", "weights"},
+    {"modality", "adapter", "pretrained", "data", "evaluation"},
+    {"folder"},
+    {"card"},
+    {"checkpointed", "hub"},
     {"model", "audiomar", "interop"},
-    {"training", "generation", "evaluation"},
-    {"presets", "run", "info"},
-    {"demo", "cli", "__main__"},
+    {"training", "generation"},
+    {"presets"},
+    {"build"},
+    {"run", "info"},
+    {"add_voice", "chat", "demo"},
+    {"cli", "__main__"},
 ]
 # Modules of one layer that may import another of it, in one direction.
 WITHIN = {
-    ("info", "run"),
-    ("info", "presets"),
-    ("run", "presets"),
-    ("cli", "demo"),
+    ("checkpointed", "hub"),
     ("__main__", "cli"),
 }
 # Third parties and the only files that may import them.
@@ -41,6 +44,7 @@ FENCES = {
     "torchaudio": {"wav.py"},
     "vllm": set(),
     "matplotlib": set(),
+    "peft": {"adapter.py"},
 }
 EXTRAS = {"deepspeed", "diffusers", "laion_clap", "vllm", "torchaudio", "peft", "datasets"}
 MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))

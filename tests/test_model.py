@@ -11,7 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from mllm_audio import backbone as backbones
-from mllm_audio.data.dataset import Audio, Text, collate, prompt_ids, seeded
+from mllm_audio.data.dataset import prompt_ids, seeded
+from mllm_audio.data.layout import Audio, Text, collate
 from mllm_audio.masking import end_weights, sample_kept_positions
 from mllm_audio.model import AudioLanguageModel
 from mllm_audio.types import Batch
@@ -37,23 +38,24 @@ def plain_ntp_batch(tokenizer, special, rows) -> Batch:
     width += -width % 8  # as collate pads
     ids = torch.zeros(len(rows), width, dtype=torch.long)
     positions = torch.zeros_like(ids)
-    prompt, is_audio, predicts = (torch.zeros(len(rows), width, dtype=torch.bool) for _ in range(3))
+    is_audio, predicts = (torch.zeros(len(rows), width, dtype=torch.bool) for _ in range(2))
     for b, (text, audio) in enumerate(rows):
         length, n = len(text.input_ids), len(audio.latents)
         ids[b, : length + 1 + n] = torch.tensor(
             [*text.input_ids.tolist(), special.audio_start, *[special.audio] * n]
         )
         positions[b, : length + 1 + n] = torch.arange(length + 1 + n)
-        prompt[b, :length] = True
         predicts[b, length : length + 1 + n] = True
         is_audio[b, length + 1 : length + 1 + n] = True
     zero = torch.zeros(1, 128)
     return Batch(
         input_ids=ids,
         position_ids=positions,
-        is_prompt=prompt,
+        is_null=torch.zeros_like(is_audio),
         is_audio=is_audio,
         predicts=predicts,
+        text_labels=torch.full_like(ids, -100),
+        segment_ids=None,
         latents=torch.cat([a.latents for _, a in rows]),
         content_positions=torch.cat([torch.arange(len(a.latents)) for _, a in rows]),
         target_positions=torch.cat([torch.arange(len(a.latents) + 1) for _, a in rows]),
@@ -62,7 +64,6 @@ def plain_ntp_batch(tokenizer, special, rows) -> Batch:
             [torch.arange(len(a.latents) + 1) == len(a.latents) for _, a in rows]
         ),
         end_weight=torch.ones(sum(len(a.latents) + 1 for _, a in rows)),
-        unconditional=torch.zeros(len(rows), dtype=torch.bool),
         masking_ratio=0.0,
         names=("a", "b", "c"),
     )
@@ -184,13 +185,17 @@ def test_the_attention_kernel_of_training_is_the_same_function(
     torch.testing.assert_close(plain, fused, rtol=0.03, atol=0.03)  # bf16 keeps 8 bits
 
 
-def test_null_prompt_of_several_vectors_is_laid_in_order(make_model):
+def test_null_prompt_of_several_vectors_is_laid_in_order(make_model, text_tokenizer, special):
     model = make_model(null_prompt_length=3)
-    is_prompt = torch.tensor([[True, True, True, False], [False, True, True, False]])
-    laid = model.embed_null_prompt(is_prompt)
-    null = model.audio.null_prompt
-    assert torch.equal(laid[0, :3], null)
-    assert torch.equal(laid[1, 1:3], null[:2])
+    rows = clip_rows(text_tokenizer)
+    batch = collate(rows, "abc", special, unconditional=[False, True, True])
+    embeds, null = model.embed(batch), model.audio.null_prompt
+    length = len(rows[2][0].input_ids)
+    assert length > 3
+    assert torch.equal(embeds[2, :3], null)
+    assert torch.equal(embeds[2, length - 1], null[2])  # the last vector stands for the rest
+    assert torch.equal(embeds[1, :2], null[:2])
+    assert not torch.equal(embeds[0, 0], null[0])
 
 
 @pytest.mark.parametrize("ratio", [0.3, 0.6, 0.8])

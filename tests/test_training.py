@@ -250,26 +250,27 @@ def test_learning_rate_warms_up_and_follows_the_cosine():
 
 def test_weight_decay_spares_vectors_positions_and_the_head(make_model):
     model = make_model()
-    decayed, free = build_optimizer(model, OptimConfig()).param_groups
+    config = OptimConfig(backbone_lr_share=0.5)
     names = {id(p): name for name, p in model.named_parameters()}
-    assert decayed["weight_decay"] == 0.02
-    assert free["weight_decay"] == 0.0
-    for parameter in decayed["params"]:
-        name = names[id(parameter)]
-        assert parameter.dim() >= 2
-        assert "head" not in name
-        assert "position" not in name
-    assert len(decayed["params"]) + len(free["params"]) == len(names)
+    seen = 0
+    for group in build_optimizer(model, config).param_groups:
+        for parameter in group["params"]:
+            name = names[id(parameter)]
+            spared = parameter.dim() < 2 or name.startswith("audio.head.") or "position" in name
+            assert group["weight_decay"] == (0.0 if spared else 0.02), name
+            assert group["lr_share"] == (0.5 if name.startswith("backbone.") else 1.0), name
+            seen += 1
+    assert seen == len(names)
 
 
-def test_an_epoch_holds_every_clip_once_and_masks_change_with_it(prepared, text_tokenizer):
-    from mllm_audio.data.dataset import DataConfig, TrainingData
+def test_an_epoch_holds_every_clip_once_and_masks_change_with_it(prepared, text_tokenizer, special):
+    from mllm_audio.data.dataset import CaptionedClips, DataConfig, TrainingData
     from mllm_audio.masking import MaskingConfig
 
     clips = load_split(prepared, "train")
     data = TrainingData(
-        clips=clips,
-        text_tokenizer=text_tokenizer,
+        source=CaptionedClips(clips, text_tokenizer),
+        special=special,
         masking=MaskingConfig(schedule="fixed", scale=0.5),
         config=DataConfig(length_group=1),
         batch_size=3,

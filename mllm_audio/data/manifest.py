@@ -7,7 +7,8 @@ A manifest is a JSON-lines file (`.jsonl`) or a CSV file with a header (`.csv`),
     captions  list of alternative wordings; optional, JSON lines only
     split     train, validation (or valid, val, dev) or test; optional, train if absent or empty
 
-Every other column is kept, as text, in `ManifestRow.extra`.
+Every other column is kept, as text, in `ManifestRow.extra`. A JSON-lines file of conversations is
+read by `conversations.py` instead.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -42,21 +43,43 @@ def read_manifest(path: Path | str) -> list[ManifestRow]:
         FileNotFoundError: if there is no such file.
         ValueError: naming file and line, if a row is broken or incomplete, or if there is none.
     """
-    path = Path(path)
-    readers = {".jsonl": _read_jsonl, ".csv": _read_csv}
-    if path.suffix not in readers:
-        raise ValueError(
-            f"manifest {path} ends in {path.suffix!r}, expected .jsonl or .csv; convert it"
-        )
-    if not path.is_file():
-        raise FileNotFoundError(f"manifest {path} is not a file; check the path")
-    try:
-        rows = [_check_row(path, line, values) for line, values in readers[path.suffix](path)]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from error
+    rows = [_check_row(f"{path}:{line}", line, values) for line, values in read_rows(path)]
     if not rows:
         raise ValueError(f"{path} has no rows, expected at least one with audio and caption")
     return rows
+
+
+def read_rows(path: Path | str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the line and the columns of each row of a `.jsonl` or `.csv` file.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: naming file and line, if a row is broken.
+    """
+    path = Path(path)
+    readers = {".jsonl": _read_jsonl, ".csv": _read_csv}
+    if path.suffix not in readers:
+        raise ValueError(f"{path} ends in {path.suffix!r}, expected .jsonl or .csv; convert it")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not a file; check the path")
+    try:
+        for line, values in readers[path.suffix](path):
+            try:
+                json.dumps(values, ensure_ascii=False).encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(f"{path}:{line}: {error}; expected valid Unicode text") from error
+            yield line, values
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from error
+
+
+def check_split(where: str, values: dict[str, Any]) -> str:
+    """Return the split that a row names, train if none, under its name in SPLITS."""
+    split = values.get("split") or "train"
+    split = SPLIT_ALIASES.get(split, split) if isinstance(split, str) else split
+    if split not in SPLITS:
+        raise ValueError(f"{where}: split is {split!r}, expected one of {', '.join(SPLITS)}")
+    return str(split)
 
 
 def with_validation(rows: list[ManifestRow], share: float) -> list[ManifestRow]:
@@ -69,17 +92,22 @@ def with_validation(rows: list[ManifestRow], share: float) -> list[ManifestRow]:
         rows: rows of one manifest.
         share: of the training files, in [0, 1); 0 moves none.
     """
-    if share == 0 or any(row.split == "validation" for row in rows):
+    if any(row.split == "validation" for row in rows):
         return rows
-    files = sorted({row.audio for row in rows if row.split == "train"}, key=hash_fraction)
-    if len(files) < 2:
-        return rows
-    # All but one file at most: a split that leaves nothing to train on helps nobody.
-    chosen = {files[0]} | {audio for audio in files[:-1] if hash_fraction(audio) < share}
+    chosen = choose_validation([row.audio for row in rows if row.split == "train"], share)
     return [
         replace(row, split="validation") if row.split == "train" and row.audio in chosen else row
         for row in rows
     ]
+
+
+def choose_validation(names: Iterable[str], share: float) -> set[str]:
+    """Choose about a `share` of the names by their hashes: one at least, but never all."""
+    ordered = sorted(set(names), key=hash_fraction)
+    if share == 0 or len(ordered) < 2:
+        return set()
+    # All but one at most: a split that leaves nothing to train on helps nobody.
+    return {ordered[0]} | {name for name in ordered[:-1] if hash_fraction(name) < share}
 
 
 def hash_fraction(text: str) -> float:
@@ -102,8 +130,8 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 ) from error
             if not isinstance(values, dict):
                 raise ValueError(
-                    f"{path}:{line}: found {text.strip()[:40]!r}, expected a JSON object such as "
-                    '{"audio": "dog.wav", "caption": "a dog barks"}'
+                    f"{path}:{line}: found {text.strip()[:40]!r}, expected a JSON object on each "
+                    "line"
                 )
             yield line, values
 
@@ -133,12 +161,7 @@ def _read_csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             ) from error
 
 
-def _check_row(path: Path, line: int, values: dict[str, Any]) -> ManifestRow:
-    where = f"{path}:{line}"
-    try:
-        json.dumps(values, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{where}: {error}; expected valid Unicode text") from error
+def _check_row(where: str, line: int, values: dict[str, Any]) -> ManifestRow:
     for column in ("audio", "caption"):
         if column not in values:
             raise ValueError(
@@ -154,17 +177,15 @@ def _check_row(path: Path, line: int, values: dict[str, Any]) -> ManifestRow:
             "'caption'"
         )
     captions = [caption, *(_check_text(where, "captions", wording) for wording in wordings)]
-    split = values.get("split") or "train"
-    split = SPLIT_ALIASES.get(split, split) if isinstance(split, str) else split
-    if split not in SPLITS:
-        raise ValueError(f"{where}: split is {split!r}, expected one of {', '.join(SPLITS)}")
     extra = {
         key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         for key, value in values.items()
         if key not in ("audio", "caption", "captions", "split")
     }
     # dict.fromkeys drops repeated wordings and keeps their order.
-    return ManifestRow(audio, tuple(dict.fromkeys(captions)), split, extra, line)
+    return ManifestRow(
+        audio, tuple(dict.fromkeys(captions)), check_split(where, values), extra, line
+    )
 
 
 def _check_text(where: str, column: str, value: Any) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from mllm_audio.data import encode, shards
+from mllm_audio.data import conversations, encode, shards
 from mllm_audio.data.encode import Job, Part
 from mllm_audio.data.manifest import SPLITS, read_manifest, with_validation
 from mllm_audio.data.shards import PrepareSettings, ShardIndex, TokenizerInfo
@@ -30,8 +30,10 @@ class PrepareReport:
     folder: Path
     counts: dict[str, int]  # clips per split
     num_tokens: int  # latents of all clips
-    num_rejected: int  # rows left out
+    num_rejected: int  # rows left out; of conversations, sound files
     rejected_path: Path  # names each of them, and why
+    num_conversations: int  # that can be used; 0 for captions
+    num_dropped: int  # conversations that name a rejected file
     already_complete: bool  # nothing had to be written
 
     def __str__(self) -> str:
@@ -39,8 +41,12 @@ class PrepareReport:
         state = "was already complete" if self.already_complete else "is complete"
         counts = ", ".join(f"{count} {split}" for split, count in self.counts.items())
         text = f"{self.folder} {state}: {counts} clips, {self.num_tokens} latents"
+        if self.num_conversations:
+            text += f"; {self.num_conversations} conversations"
         if self.num_rejected:
             text += f"; {self.num_rejected} rows rejected, see {self.rejected_path}"
+        if self.num_dropped:
+            text += f"; {self.num_dropped} conversations that name one of them are left out"
         return text
 
 
@@ -64,7 +70,7 @@ def prepare(
     have changed. Manifest, tokenizer and settings must stay the same for one folder.
 
     Args:
-        manifest: see `manifest.py`.
+        manifest: see `manifest.py`, or `conversations.py` for rows with messages.
         out: a new or empty folder, or one that `prepare` began.
         tokenizer_spec: what `load_tokenizer` accepts.
         max_seconds: see `PrepareSettings`, as for the next four and `longest_file_seconds`.
@@ -95,7 +101,11 @@ def prepare(
     if num_workers < 0:
         raise ValueError(f"num_workers is {num_workers}, expected 0 or more processes")
     manifest, out = Path(manifest), Path(out)
-    rows = with_validation(read_manifest(manifest), validation_share)
+    chats = None  # bytes of conversations.jsonl
+    if conversations.holds_conversations(manifest):
+        rows, chats = conversations.plan_conversations(manifest, validation_share)
+    else:
+        rows = with_validation(read_manifest(manifest), validation_share)
     tokenizer = load_tokenizer(tokenizer_spec)
     index = _open_folder(out, _plan(manifest, len(rows), tokenizer_spec, tokenizer, settings))
     audio_folder = manifest.parent
@@ -113,15 +123,18 @@ def prepare(
             encode_in_workers(job, todo, num_workers, bar.update)
         else:
             encode.encode_parts(job, todo, tokenizer, bar.update)
-    already_complete = index.complete and not todo
+    already_complete = index.complete and not todo and _holds(out, chats)
     if not already_complete:
-        index = _finish(out, index, len(parts))
+        index = _finish(out, index, len(parts), chats)
+    usable, num_dropped = conversations.usable_conversations(out) if chats else ([], 0)
     return PrepareReport(
         folder=out,
         counts=index.counts,
         num_tokens=sum(shard.num_tokens for shard in index.shards),
         num_rejected=index.num_rejected,
         rejected_path=out / "rejected.jsonl",
+        num_conversations=len(usable),
+        num_dropped=num_dropped,
         already_complete=already_complete,
     )
 
@@ -201,8 +214,14 @@ def _is_finished(job: Job, number: int) -> bool:
     return unchanged and shards.find_damage(job.out, record.shard) is None
 
 
-def _finish(out: Path, index: ShardIndex, num_shards: int) -> ShardIndex:
-    """Write rejected.jsonl and the completed index from the records of all shards."""
+def _holds(out: Path, chats: bytes | None) -> bool:
+    """Tell whether the conversations, if there are any, were written."""
+    path = out / conversations.FILE
+    return chats is None or (path.is_file() and path.read_bytes() == chats)
+
+
+def _finish(out: Path, index: ShardIndex, num_shards: int, chats: bytes | None) -> ShardIndex:
+    """Write rejected.jsonl, the conversations and, from the records, the completed index."""
     records = [encode.read_record(encode.record_path(out, number)) for number in range(num_shards)]
     rejected = [r for record in records for r in record.rejected]
     write_atomic(
@@ -216,6 +235,8 @@ def _finish(out: Path, index: ShardIndex, num_shards: int) -> ShardIndex:
             f"no train row is left of {index.num_rows} rows in {index.manifest}, expected at least "
             f"one; {len(rejected)} were rejected{reason}. See {out / 'rejected.jsonl'}"
         )
+    if chats is not None:
+        write_atomic(out / conversations.FILE, chats)
     num_tokens = sum(record.num_train_tokens for record in records)
     mean = torch.tensor([r.total for r in records], dtype=torch.float64).sum(0) / num_tokens
     square = torch.tensor([r.total_square for r in records], dtype=torch.float64).sum(0)

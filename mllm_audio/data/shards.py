@@ -5,6 +5,7 @@ Layout of a folder that `prepare` writes:
     index.json                 `ShardIndex`: what was asked for, then statistics, counts, checksums;
                                `complete` is false while shards are missing
     rejected.jsonl             {"audio", "reason", "line"} of each manifest row that was left out
+    conversations.jsonl        the conversations, if `prepare` was given some, with their splits
     shards/00000.safetensors   latents float16 (sum N, D), the clips of the shard one after another
                                offsets int64 (n + 1), clip i is latents[offsets[i] : offsets[i + 1]]
                                num_samples int64 (n), waveform samples of each clip before padding

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from mllm_audio.config import check_range
 from mllm_audio.diffusion.noise import Noise
+from mllm_audio.generation.rows import Rows, text_batch
 from mllm_audio.heads.base import SamplingConfig
 from mllm_audio.model import AudioLanguageModel
 from mllm_audio.text import SpecialIds
@@ -65,6 +66,10 @@ class GenerationConfig:
             first += (1.0 - first) * position / (num_tokens - 1)
         return extra + first
 
+    def is_guided(self, num_tokens: int) -> bool:
+        """Tell whether a span of `num_tokens` needs the unconditional branch."""
+        return any(self.scale_at(position, num_tokens) != 1 for position in (0, num_tokens - 1))
+
 
 @dataclass(frozen=True)
 class DecodeStep:
@@ -107,8 +112,9 @@ def check_prompts(model: AudioLanguageModel, prompts: Sequence[Tensor], num_toke
     if longest > room:
         raise ValueError(
             f"a caption has {longest} text tokens, the model has room for {room} beside "
-            f"{num_tokens} latents; shorten it (unknown words are spelled in bytes), or lower "
-            "--seconds"
+            f"{num_tokens} latents in max_position_embeddings="
+            f"{model.backbone.config.max_position_embeddings}; shorten it (unknown words are "
+            "spelled in bytes), or lower --seconds"
         )
 
 
@@ -135,21 +141,41 @@ def decode(
     Yields:
         A `DecodeStep` per latent, until every row has ended.
     """
-    audio, device = model.audio, model.device
-    fewest, longest = token_limits(model, config)
+    _, longest = token_limits(model, config)
     check_prompts(model, prompts, longest)
-    guided = config.scale_at(0, longest) != 1 or config.scale_at(longest - 1, longest) != 1
-    batch, mask = _prompt_batch(prompts, special, guided, device, audio.config.latent_dim)
-    positions = batch.position_ids[:, -1:]  # (R', 1) of `<|audio_start|>`; R' = 2R with guidance
-    cache = DynamicCache(config=model.backbone.config)
-    hidden = model.step(model.embed(batch), batch.position_ids, mask, cache)  # (R', H)
-    rows = len(prompts)
-    row_seeds = torch.tensor(seeds, dtype=torch.long, device=device)  # (R,)
-    active = torch.ones(rows, dtype=torch.bool, device=device)
-    for index in range(longest):
+    guided = config.is_guided(longest)
+    batch, mask = _prompt_batch(
+        prompts, special, guided, model.device, model.audio.config.latent_dim
+    )
+    rows = Rows.begin(model, special, guided, model.embed(batch), batch.position_ids, mask)
+    # What follows the last latent is not asked for, so the step that feeds it is not taken.
+    yield from islice(audio_span(rows, seeds, config, longest), longest)
+
+
+def audio_span(
+    rows: Rows, seeds: Sequence[int], config: GenerationConfig, longest: int, first: int = 0
+) -> Iterator[DecodeStep]:
+    """Decode the latents of one span in every row; each is fed before the next one is asked for.
+
+    Args:
+        rows: fed up to `<|audio_start|>`, or up to the latent before `first`.
+        seeds: one per row, of the noise.
+        config: durations, guidance, steps.
+        longest: latents after which the span ends in any case.
+        first: content position to begin at, whole columns.
+
+    Yields:
+        A `DecodeStep` per latent, until every row has ended.
+    """
+    audio = rows.model.audio
+    fewest, _ = token_limits(rows.model, config)
+    row_seeds = torch.tensor(seeds, dtype=torch.long, device=rows.hidden.device)  # (R,)
+    active = torch.ones(len(seeds), dtype=torch.bool, device=rows.hidden.device)
+    for index in range(first, longest):
         noise = Noise(row_seeds, torch.full_like(row_seeds, index), audio.config.latent_dim)
+        cond, uncond = rows.states
         if index >= fewest and index % audio.config.tokens_per_column == 0:
-            active = active & ~audio.ends(hidden[:rows], noise, config.end_threshold)
+            active = active & ~audio.ends(cond, noise, config.end_threshold)
             if not bool(active.any()):
                 return
         sampling = SamplingConfig(
@@ -158,22 +184,10 @@ def decode(
             guidance_scale=config.scale_at(index, longest),
             temperature=config.temperature,
         )
-        uncond = hidden[rows:] if guided else None
-        latents = audio.sample(hidden[:rows], uncond, sampling, noise)  # (R, D)
+        latents = audio.sample(cond, uncond, sampling, noise)  # (R, D)
         yield DecodeStep(latents, active)
-        if index + 1 == longest:
-            return
-        embeds = _next_embeds(model, latents, index)  # (R, 1, H)
-        embeds = embeds.repeat(len(hidden) // rows, 1, 1)  # (R', 1, H), the same in both branches
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        hidden = model.step(embeds, positions + 1 + index, mask, cache)
-
-
-def _next_embeds(model: AudioLanguageModel, latents: Tensor, index: int) -> Tensor:
-    """Embed (R, D) latents at content position `index`, predicting the next; return (R, 1, H)."""
-    position = torch.full((len(latents),), index, device=latents.device)
-    embeds = model.audio.embed(latents, position) + model.audio.embed_targets(position + 1)
-    return embeds[:, None].to(model.backbone.dtype)
+        # In models without an end, the last latent of a span predicts nothing.
+        rows.feed_latents(latents, index, audio.config.end_of_audio or index + 1 < longest)
 
 
 def _prompt_batch(
@@ -194,8 +208,9 @@ def _prompt_batch(
     for row, prompt in enumerate(prompts):
         input_ids[row, longest - 1 - len(prompt) : -1] = prompt
         mask[row, longest - 1 - len(prompt) :] = True
-    is_prompt = mask.clone()
-    is_prompt[:, -1] = False
+    is_null = mask.repeat(2, 1)  # (2R, T)
+    is_null[:, -1] = False
+    is_null[:rows] = False
     predicts = torch.zeros_like(mask)
     predicts[:, -1] = True
     copies = 2 if guided else 1
@@ -203,20 +218,11 @@ def _prompt_batch(
     def both(value: Tensor) -> Tensor:
         return value.repeat(copies, *[1] * (value.dim() - 1)).to(device)
 
-    batch = Batch(
-        input_ids=both(input_ids),
-        position_ids=both((mask.long().cumsum(dim=1) - 1).clamp_min(0)),
-        is_prompt=both(is_prompt),
-        is_audio=both(torch.zeros_like(mask)),
-        predicts=both(predicts),
-        latents=torch.zeros(0, latent_dim, device=device),
-        content_positions=torch.zeros(0, dtype=torch.long, device=device),
-        target_positions=torch.zeros(copies * rows, dtype=torch.long, device=device),
-        target_latents=torch.zeros(0, latent_dim, device=device),
-        target_is_end=torch.zeros(copies * rows, dtype=torch.bool, device=device),
-        end_weight=torch.ones(copies * rows, device=device),
-        unconditional=torch.arange(copies * rows, device=device) >= rows,
-        masking_ratio=0.0,
-        names=(),
+    batch = text_batch(
+        both(input_ids),
+        both((mask.long().cumsum(dim=1) - 1).clamp_min(0)),
+        is_null[: copies * rows].to(device),
+        both(predicts),
+        latent_dim,
     )
     return batch, both(mask)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from mllm_audio.config import from_dict, read_json, to_dict
 from mllm_audio.data.dataset import prompt_ids
@@ -33,15 +33,21 @@ class Voice:
     defaults: GenerationConfig
 
     @classmethod
-    def load(cls, folder: Path | str) -> Voice:
-        """Load a folder that `mllm-audio train` or `save` wrote.
+    def load(cls, folder: Path | str, base: str | None = None) -> Voice:
+        """Load a folder that `mllm-audio train`, `add-voice` or `save` wrote.
+
+        Args:
+            folder: a checkpoint, or an adapter, which is merged into its base model.
+            base: where an adapter's base model is now, if it moved.
 
         Raises:
             ValueError: if the folder is no such checkpoint, or its audio tokenizer is not the one
                 the model was trained with.
         """
         folder = Path(folder)
-        model = AudioLanguageModel.from_pretrained(folder).to(default_device())
+        model = AudioLanguageModel.from_pretrained(folder, base).to(default_device())
+        if model.text_tokenizer is None:
+            raise ValueError(f"{folder} has no text tokenizer; restore its tokenizer.json")
         audio_tokenizer = load_tokenizer(model.audio.config.tokenizer)
         expected = model.audio.config.tokenizer_fingerprint
         if expected and audio_tokenizer.fingerprint != expected:
@@ -52,13 +58,14 @@ class Voice:
         path = folder / GENERATION_FILE
         values = read_json(path, "delete it to use the defaults") if path.is_file() else {}
         defaults: GenerationConfig = from_dict(GenerationConfig, values, str(path))
-        text_tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        return cls(model, text_tokenizer, audio_tokenizer, defaults)
+        return cls(model, model.text_tokenizer, audio_tokenizer, defaults)
 
     def save(self, folder: Path | str, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Write model, text tokenizer and generation defaults; see `AudioLanguageModel`."""
+        """Write a checkpoint, or an adapter while the backbone stands still; see `model.py`."""
         folder = Path(folder)
-        self.model.save_pretrained(folder, state_dict)
+        adapter = self.model.special_rows is not None
+        save = self.model.save_adapter if adapter else self.model.save_pretrained
+        save(folder, state_dict)
         self.text_tokenizer.save_pretrained(folder)
         text = json.dumps(to_dict(self.defaults), indent=2) + "\n"
         (folder / GENERATION_FILE).write_text(text)

@@ -33,6 +33,7 @@ class AudioLDMTokenizer:
     """
 
     name = "audioldm"
+    weights_license = "CC-BY-NC-SA-4.0"
     sample_rate = mel.SAMPLE_RATE
     hop_length = mel.HOP_LENGTH
     decode_context = 4  # the VAE's attention sees the whole clip: an overlap only hides the seam

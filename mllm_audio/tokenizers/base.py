@@ -16,6 +16,7 @@ class AudioTokenizer(Protocol):
     """
 
     name: str  # the key in `TOKENIZERS`
+    weights_license: str  # SPDX id of the licence of its weights; "" where it has none
     sample_rate: int  # Hz
     hop_length: int  # samples per spectrogram frame
     latent_dim: int  # D

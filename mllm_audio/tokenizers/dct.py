@@ -53,6 +53,7 @@ class DCTTokenizer:
     """Log-mel patches of 16 frames x 16 bands <-> their lowest DCT coefficients."""
 
     name = "dct"
+    weights_license = ""  # it has no weights
     sample_rate = mel.SAMPLE_RATE
     hop_length = mel.HOP_LENGTH
     decode_context = 2  # 320 ms, five analysis windows, on each side

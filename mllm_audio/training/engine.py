@@ -50,7 +50,7 @@ class SingleProcessEngine:
     ) -> StepResult:
         """Do optimizer step `step`; a non-finite loss leaves weights and averages untouched."""
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_share"]
         self.optimizer.zero_grad(set_to_none=True)
         losses = self.losses(batch, generator)
         losses.total.backward()
@@ -63,8 +63,15 @@ class SingleProcessEngine:
         return StepResult(losses, grad_norm)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Gather weights, averages and optimizer moments under flat names, for safetensors."""
-        state = {f"model.{k}": v for k, v in self.model.state_dict(keep_vars=True).items()}
+        """Gather weights, averages and optimizer moments under flat names, for safetensors.
+
+        Weights that training does not change are left out: they are in the base model's folder.
+        """
+        state = {
+            f"model.{k}": v
+            for k, v in self.model.state_dict(keep_vars=True).items()
+            if v.requires_grad or not isinstance(v, torch.nn.Parameter)
+        }
         state |= {f"ema.{k}": v for k, v in self.ema.averages.items()}
         names = {id(p): name for name, p in self.model.named_parameters()}
         for parameter, moments in self.optimizer.state.items():

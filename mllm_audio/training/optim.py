@@ -24,6 +24,7 @@ class OptimConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.02  # not on 1-D tensors, embeddings, nor the head
     max_grad_norm: float = 3.0  # gradients are scaled down to this global norm
+    backbone_lr_share: float = 1.0  # of `lr`, for the backbone and its LoRA layers
 
     def __post_init__(self) -> None:
         """Check the schedule's name and the learning rate."""
@@ -32,7 +33,9 @@ class OptimConfig:
                 f"unknown lr schedule {self.schedule!r}, expected one of {', '.join(LR_SCHEDULES)}"
             )
         check_range("train.optim", self, 0, 100, "lr", "max_grad_norm", open_low=True)
-        check_range("train.optim", self, 0, 1, "final_lr_share", "weight_decay")
+        check_range(
+            "train.optim", self, 0, 1, "final_lr_share", "weight_decay", "backbone_lr_share"
+        )
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
@@ -40,18 +43,26 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
 
     MAR decays neither 1-D tensors nor anything in the diffusion head.
     """
-    decayed: list[nn.Parameter] = []
-    free: list[nn.Parameter] = []
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        exempt = parameter.dim() < 2 or name.startswith("audio.head.") or "position" in name
-        (free if exempt else decayed).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": free, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+        exempt = name.startswith(("audio.head.", "special_rows.")) or "position" in name
+        decayed = parameter.dim() >= 2 and not exempt
+        groups.setdefault((decayed, name.startswith("backbone.")), []).append(parameter)
+    return torch.optim.AdamW(
+        [
+            {
+                "params": parameters,
+                "weight_decay": config.weight_decay if decayed else 0.0,
+                "lr_share": config.backbone_lr_share if in_backbone else 1.0,
+            }
+            for (decayed, in_backbone), parameters in groups.items()
+        ],
+        lr=config.lr,
+        betas=config.betas,
+        fused=True,
+    )
 
 
 def learning_rate(config: OptimConfig, step: int, progress: float) -> float:

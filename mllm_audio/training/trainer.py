@@ -205,9 +205,11 @@ def name_list(batch: Batch, most: int = 8) -> str:
 
 def record(result: StepResult, batch: Batch, lr: float, seconds: float) -> dict[str, float]:
     """Collect what is logged of one step."""
+    says = bool((batch.text_labels >= 0).any())
     return {
         "train/audio_loss": float(result.losses.audio),
         "train/end_loss": float(result.losses.end),
+        **({"train/text_loss": float(result.losses.text)} if says else {}),
         "train/grad_norm": float(result.grad_norm),
         "train/masking_ratio": batch.masking_ratio,
         "train/latents": len(batch.target_positions),
@@ -222,16 +224,26 @@ def validate(
 ) -> dict[str, float]:
     """Measure the averaged weights on held-out clips, with fixed noise."""
     engine.model.eval()
-    totals = {"audio_loss": 0.0, "end_loss": 0.0}
-    weight = 0
+    totals = {"audio_loss": 0.0, "end_loss": 0.0, "text_loss": 0.0}
+    latents, words = 0, 0
     with engine.ema.applied():
-        for index, clips in enumerate(data.epoch(0)[: config.validation_batches]):
-            batch = data.batch(clips, epoch=0, step=index)
+        for index, rows in enumerate(data.epoch(0)[: config.validation_batches]):
+            batch = data.batch(rows, epoch=0, step=index)
             losses = engine.losses(batch, seeded("validation", config.seed, index))
-            totals["audio_loss"] += float(losses.audio) * len(batch.target_positions)
-            totals["end_loss"] += float(losses.end) * len(batch.target_positions)
-            weight += len(batch.target_positions)
-    values = {f"validation/{name}": total / max(1, weight) for name, total in totals.items()}
+            num_latents, num_words = (
+                len(batch.target_positions),
+                int((batch.text_labels >= 0).sum()),
+            )
+            totals["audio_loss"] += float(losses.audio) * num_latents
+            totals["end_loss"] += float(losses.end) * num_latents
+            totals["text_loss"] += float(losses.text) * num_words
+            latents, words = latents + num_latents, words + num_words
+    counts = {"audio_loss": latents, "end_loss": latents, "text_loss": words}
+    values = {
+        f"validation/{name}": total / max(1, counts[name])
+        for name, total in totals.items()
+        if words or name != "text_loss"
+    }
     if not all(math.isfinite(value) for value in values.values()):
         raise TrainingStoppedError(f"validation gave {values}: the averaged weights are not finite")
     return values

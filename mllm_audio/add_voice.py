@@ -1,0 +1,179 @@
+"""A voice for a trained language model: the audio modules beside it, and their training."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from mllm_audio import backbone as backbones
+from mllm_audio.build import build_voice_on, fit_to_data
+from mllm_audio.data.conversations import has_conversations, load_clips, load_conversations
+from mllm_audio.data.dataset import RowSource
+from mllm_audio.data.shards import ShardIndex, load_split, read_index
+from mllm_audio.data.sources import ClipConversations, ConversationSource, TextSource
+from mllm_audio.evaluation.perplexity import Perplexity, TextDrift, perplexity, read_texts
+from mllm_audio.files import file_sha256
+from mllm_audio.generation.voice import Voice
+from mllm_audio.model import AudioLanguageModel, default_device
+from mllm_audio.presets import RunConfig
+from mllm_audio.pretrained import load_backbone, load_text_tokenizer
+from mllm_audio.run import Sources, data_digest, train_voice
+from mllm_audio.tokenizers import load_tokenizer
+
+REPLAY_TOKENS = 256  # of a block of replayed text: about as long as a conversation
+
+
+def add_voice(config: RunConfig, out: Path) -> Voice:
+    """Write the untrained voice of `config.base` to `out`.
+
+    Raises:
+        ValueError: if `out` holds something else, or the base is no decoder.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out {out} exists, expected a new or empty folder; type another")
+    assert config.base is not None
+    torch.manual_seed(config.train.seed)
+    audio_tokenizer = load_tokenizer(config.audio.tokenizer)
+    model = AudioLanguageModel.from_backbone(config.base, config.audio, config.adapt)
+    assert model.text_tokenizer is not None
+    voice = Voice(model, model.text_tokenizer, audio_tokenizer, config.generation)
+    voice.save(out)
+    return voice
+
+
+def train_added_voice(
+    config: RunConfig,
+    data: Path,
+    out: Path,
+    *,
+    replay: Path | None = None,
+    held_out: Path | None = None,
+) -> tuple[Voice, TextDrift | None]:
+    """Train a voice on `config.base` with a folder that `prepare` wrote, or resume `out`.
+
+    Args:
+        config: with `base` and `adapt`.
+        data: prepared conversations, or captions, which become requests answered with a sound.
+        out: folder of the run.
+        replay: JSON lines of text mixed into training, `data.replay_share` of each batch.
+        held_out: text to measure the perplexity on, before and after.
+
+    Returns:
+        The voice with averaged weights, and the text drift where `held_out` was given; it is also
+        in RUN/text_drift.json.
+
+    Raises:
+        ValueError: if data, base and configuration do not fit, or `out` holds another run.
+    """
+    texts = None if held_out is None else read_texts(held_out)
+    if replay is not None and config.data.replay_share == 0:
+        raise ValueError("found a replay file and data.replay_share=0; set it above 0")
+    index = read_index(data)
+    clips = load_clips(data)
+    config = fit_to_data(config, index, list(clips.values()), data)
+    voice = build_voice_on(config, index)
+    sources = _sources(voice, data, replay)
+    voice = train_voice(config, voice, sources, out, _digests(index, data, replay))
+    if texts is None:
+        return voice, None
+    assert config.base is not None
+    drift = TextDrift(
+        base=base_perplexity(config.base, texts), voice=voice_perplexity(voice, texts)
+    )
+    drift.write(out)
+    return voice, drift
+
+
+def _sources(voice: Voice, data: Path, replay: Path | None) -> Sources:
+    """Read the rows of a prepared folder and the replayed text."""
+    tokenizer = voice.text_tokenizer
+    limit = voice.model.backbone.config.max_position_embeddings
+
+    def split(name: str) -> RowSource:
+        if has_conversations(data):
+            return ConversationSource(
+                load_conversations(data, name), load_clips(data), tokenizer, limit
+            )
+        return ClipConversations(load_split(data, name, verify=False), tokenizer, limit)
+
+    train = split("train")
+    if not len(train):
+        raise ValueError(f"{data} holds no rows of split train; prepare some")
+    text = None
+    if replay is not None:
+        text = TextSource.read(replay, tokenizer, limit, block_tokens=REPLAY_TOKENS)
+    return Sources(train=train, validation=split("validation"), replay=text)
+
+
+def _digests(index: ShardIndex, data: Path, replay: Path | None) -> dict[str, str]:
+    """Hash everything trained on."""
+    digests = {"data_sha256": data_digest(index)}
+    if has_conversations(data):
+        digests["conversations_sha256"] = file_sha256(data / "conversations.jsonl")
+    if replay is not None:
+        digests["replay_sha256"] = file_sha256(replay)
+    return digests
+
+
+def base_perplexity(base: str, texts: list[str]) -> Perplexity:
+    """Measure a text-only model as transformers runs it."""
+    model = load_backbone(base).to(default_device())
+    return perplexity(
+        lambda ids: model(ids, use_cache=False).logits,
+        load_text_tokenizer(base),
+        texts,
+        max_length=model.config.max_position_embeddings,
+        device=model.device,
+    )
+
+
+def voice_perplexity(voice: Voice, texts: list[str]) -> Perplexity:
+    """Measure the text side of a voice, over its vocabulary with the special tokens."""
+    model = voice.model
+
+    def logits_of(input_ids: torch.Tensor) -> torch.Tensor:
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+        hidden = backbones.run(model.backbone, model.embed_text(input_ids), positions)
+        return model.text_logits(hidden)
+
+    return perplexity(
+        logits_of,
+        voice.text_tokenizer,
+        texts,
+        max_length=model.backbone.config.max_position_embeddings,
+        device=model.device,
+    )
+
+
+def merge(run: Path, out: Path, base: str | None = None) -> Voice:
+    """Write the standalone checkpoint of an adapter folder.
+
+    Raises:
+        ValueError: if `out` is not empty, or `run` holds no voice.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out {out} exists, expected a new or empty folder; type another")
+    voice = Voice.load(run, base)
+    voice.save(out)
+    return voice
+
+
+def voice_config(
+    preset: RunConfig, base: str, *, lora: bool = False, full: bool = False
+) -> RunConfig:
+    """Put a base model and a training mode into a preset.
+
+    Raises:
+        ValueError: for two modes, or a preset that builds its own backbone.
+    """
+    if lora and full:
+        raise ValueError("found both --lora and --full, expected at most one of them")
+    if preset.backbone is not None:
+        raise ValueError(
+            f"preset {preset.preset!r} builds its own language model; expected voice or "
+            "voice_digits, or type  mllm-audio train"
+        )
+    mode = "lora" if lora else "full" if full else preset.adapt.mode
+    return replace(preset, base=base, adapt=replace(preset.adapt, mode=mode))

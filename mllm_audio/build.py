@@ -1,0 +1,136 @@
+"""A configuration and prepared data to an untrained voice, or one line on why they do not fit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from mllm_audio.backbone import build_backbone
+from mllm_audio.data.dataset import prompt_ids, seeded
+from mllm_audio.data.shards import PreparedClip, ShardIndex
+from mllm_audio.generation.voice import Voice
+from mllm_audio.modality import AudioConfig
+from mllm_audio.model import AudioLanguageModel, default_device
+from mllm_audio.presets import RunConfig
+from mllm_audio.text import train_text_tokenizer
+from mllm_audio.tokenizers import load_tokenizer
+
+
+def fit_to_data(
+    config: RunConfig, index: ShardIndex, clips: list[PreparedClip], data: Path
+) -> RunConfig:
+    """Take from the data what the data decides, and refuse what does not fit it."""
+    tokenizer = index.tokenizer
+    for key in ("latent_dim", "tokens_per_column"):
+        found, expected = getattr(tokenizer, key), getattr(config.audio, key)
+        if found != expected:
+            raise ValueError(
+                f"{data} holds {tokenizer.spec} latents with {key} {found}, audio.{key} is "
+                f"{expected}; set audio.{key}={found}, "
+                f"or prepare again with another tokenizer"
+            )
+    longest = max(clips, key=lambda clip: clip.num_tokens)
+    if longest.num_tokens > config.audio.max_tokens:
+        seconds = config.audio.max_seconds
+        raise ValueError(
+            f"{longest.name} has {longest.num_tokens} latents, the model takes audio.max_tokens="
+            f"{config.audio.max_tokens}; set audio.max_tokens={longest.num_tokens}, or prepare "
+            f"with --max-seconds {seconds:g}"
+        )
+    audio = replace(
+        config.audio, tokenizer=tokenizer.spec, tokenizer_fingerprint=tokenizer.fingerprint
+    )
+    return replace(config, audio=audio)
+
+
+def build_voice(config: RunConfig, index: ShardIndex, clips: list[PreparedClip]) -> Voice:
+    """Build an untrained voice: text tokenizer from the captions, statistics from the index."""
+    text_tokenizer = train_text_tokenizer(
+        {caption for clip in clips for caption in clip.captions}, config.text_vocab_size
+    )
+    return join(config, index, build_model(config, len(text_tokenizer)), text_tokenizer)
+
+
+def build_voice_on(config: RunConfig, index: ShardIndex) -> Voice:
+    """Build an untrained voice on the trained language model `config.base`."""
+    assert config.base is not None
+    seed_weights(config)
+    model = AudioLanguageModel.from_backbone(config.base, config.audio, config.adapt)
+    assert model.text_tokenizer is not None
+    return join(config, index, model.to(default_device()), model.text_tokenizer)
+
+
+def join(
+    config: RunConfig,
+    index: ShardIndex,
+    model: AudioLanguageModel,
+    text_tokenizer: PreTrainedTokenizerBase,
+) -> Voice:
+    """Join a model to its two tokenizers, with the statistics of the data.
+
+    Raises:
+        ValueError: if the audio tokenizer is not the one that made the data.
+    """
+    model.audio.set_statistics(torch.tensor(index.latent_mean), torch.tensor(index.latent_std))
+    audio_tokenizer = load_tokenizer(config.audio.tokenizer)
+    seconds = audio_tokenizer.samples_per_column / audio_tokenizer.sample_rate
+    if audio_tokenizer.fingerprint != index.tokenizer.fingerprint:
+        raise ValueError(
+            f"the data was prepared with {config.audio.tokenizer} of fingerprint "
+            f"{index.tokenizer.fingerprint}, found {audio_tokenizer.fingerprint}; restore that "
+            "tokenizer, or prepare again"
+        )
+    if abs(seconds - config.audio.column_seconds) > 1e-6:
+        raise ValueError(
+            f"a column of {config.audio.tokenizer} lasts {seconds:g} s, audio.column_seconds is "
+            f"{config.audio.column_seconds:g}; set audio.column_seconds={seconds:g}"
+        )
+    return Voice(model, text_tokenizer, audio_tokenizer, config.generation)
+
+
+def build_model(config: RunConfig, vocab_size: int) -> AudioLanguageModel:
+    """Build the model of a configuration with weights drawn from `train.seed`."""
+    assert config.backbone is not None
+    seed_weights(config)
+    model = AudioLanguageModel(build_backbone(config.backbone, vocab_size), config.audio)
+    return model.to(default_device())
+
+
+def seed_weights(config: RunConfig) -> None:
+    """Seed torch's global random state for the initial weights."""
+    torch.manual_seed(seeded("weights", config.train.seed).initial_seed())
+
+
+def check_prompt_lengths(voice: Voice, clips: list[PreparedClip]) -> None:
+    """Refuse captions that leave no room for the longest clip among the backbone's positions."""
+    audio: AudioConfig = voice.model.audio.config
+    room = voice.model.backbone.config.max_position_embeddings - audio.max_tokens - 2
+    captions = {caption for clip in clips for caption in clip.captions}
+    longest = max(captions, key=lambda caption: len(prompt_ids(voice.text_tokenizer, caption)))
+    length = len(prompt_ids(voice.text_tokenizer, longest))
+    if length > room:
+        needed = length + audio.max_tokens + 2
+        raise ValueError(
+            f"the caption {longest[:60]!r} has {length} text tokens, room is for {room}; "
+            f"set backbone.max_positions={needed}"
+        )
+
+
+def count_parameters(model: nn.Module) -> dict[str, int]:
+    """Count parameters per component, and their sum under "total"; shared ones count once."""
+    counts: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        head, _, rest = name.partition(".")
+        component = f"{head}.{rest.split('.')[0]}" if head == "audio" else head
+        counts[component] = counts.get(component, 0) + parameter.numel()
+    counts["total"] = sum(counts.values())
+    return counts
+
+
+def special_tokenizer() -> PreTrainedTokenizerBase:
+    """Make the text tokenizer of a corpus without captions: bytes and the special tokens."""
+    return train_text_tokenizer([""])

@@ -1,0 +1,211 @@
+"""Replies of text and audio: the language model itself says where audio begins."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from mllm_audio.data.dataset import seeded
+from mllm_audio.data.layout import Audio, Row, Text, collate
+from mllm_audio.data.messages import AudioPart, TextPart
+from mllm_audio.generation.decode import GenerationConfig, audio_span, token_limits
+from mllm_audio.generation.rows import Rows
+from mllm_audio.generation.text import TextConfig, TextSampler, TextStream
+from mllm_audio.model import AudioLanguageModel
+from mllm_audio.text import SpecialIds
+from mllm_audio.types import AudioChunk, TextDelta
+
+
+@dataclass(frozen=True)
+class Span:
+    """A finished span of audio in a reply."""
+
+    index: int  # number in the reply, from 0
+    latents: Tensor  # (N, D) on the CPU, all of it
+    given: int  # how many of them the conversation held
+
+
+def span_seed(seed: int, index: int) -> int:
+    """Derive the seed of a span's noise, so that no two spans of a reply share theirs."""
+    return seeded("audio", seed, index).initial_seed()
+
+
+def join(
+    events: Iterable[TextDelta | AudioChunk],
+    parts: Iterable[TextPart | AudioPart] = (),
+    *,
+    open_span: bool = False,
+) -> tuple[TextPart | AudioPart, ...]:
+    """Put a reply together: a text part per stretch of text, an audio part of latents per span.
+
+    Args:
+        events: in order.
+        parts: of the message that the reply continues.
+        open_span: whether `parts` end in latents that span 0 goes on from.
+    """
+    joined = list(parts)
+    span = 0 if open_span else None  # that the last part belongs to
+    for event in events:
+        last = joined[-1] if joined else None
+        if isinstance(event, TextDelta):
+            if isinstance(last, TextPart):
+                joined[-1] = TextPart(last.text + event.text)
+            else:
+                joined.append(TextPart(event.text))
+        elif isinstance(last, AudioPart) and event.span == span:
+            joined[-1] = AudioPart(torch.cat([last.audio, event.latents]))
+        else:
+            joined.append(AudioPart(event.latents))
+            span = event.span
+    return tuple(joined)
+
+
+@dataclass(kw_only=True)
+class Reply:
+    """One reply of text and audio to a conversation.
+
+    It ends at an end-of-text id, at a stop string, after `text.max_new_tokens`, or where the
+    backbone's positions are used up; a span opens only where the shortest one has room, and ends
+    where there is no room for more. With guidance an unconditional row is fed the same reply, the
+    null prompt in place of text; the conditional row alone decides the text.
+
+    Raises:
+        ValueError: if the conversation leaves no room for a reply.
+    """
+
+    model: AudioLanguageModel  # in evaluation mode
+    text_tokenizer: PreTrainedTokenizerBase
+    row: Row  # the conversation, up to where the reply begins
+    config: GenerationConfig  # of each span; durations count what an open span holds already
+    text: TextConfig
+    seed: int  # of the text; span i has `span_seed(seed, i)`
+    open_span: bool = False  # the row's last part is audio that goes on
+
+    def __post_init__(self) -> None:
+        """Measure the row, and check that the shortest reply has room behind it."""
+        self.special = SpecialIds.of(self.text_tokenizer)
+        self.end_ids = _end_ids(self.model, self.text_tokenizer)
+        self.fewest, self.longest = token_limits(self.model, self.config)
+        self.column = self.model.audio.config.tokens_per_column
+        self.limit: int = self.model.backbone.config.max_position_embeddings
+        sizes = [len(p.input_ids) if isinstance(p, Text) else len(p.latents) + 2 for p in self.row]
+        self.length = sum(sizes) - int(self.open_span)  # positions; an open span has no end yet
+        self.given = torch.zeros(0, self.model.audio.config.latent_dim)  # (N, D)
+        if self.open_span:
+            assert isinstance(self.row[-1], Audio)
+            self.given = self.row[-1].latents
+        self.num_ids, self.num_spans = 0, 0  # said so far
+        self._check_room()
+
+    def _check_room(self) -> None:
+        """Refuse a conversation that is too long to reply to, or a recording to go on with."""
+        seconds = self.model.audio.config.column_seconds / self.column  # of a latent
+        if self.open_span and len(self.given) >= self.longest:
+            raise ValueError(
+                f"the recording to continue lasts {len(self.given) * seconds:g} s, the whole may "
+                f"last {self.longest * seconds:g} s; shorten it, or allow more: this model makes "
+                f"at most {self.model.audio.config.max_seconds:g} s (audio.max_tokens)"
+            )
+        needed = 1
+        if self.open_span:
+            needed = max(self.fewest - len(self.given), self.column) + 1  # and the end
+        if self.length + needed > self.limit:
+            raise ValueError(
+                f"the conversation takes {self.length} positions, a reply at least {needed}, and "
+                f"the model has max_position_embeddings={self.limit}; shorten the text or the "
+                "audio, or begin a new conversation"
+            )
+
+    @torch.inference_mode()
+    def events(self) -> Iterator[TextDelta | Span]:
+        """Generate the reply, once; each piece comes as soon as it is certain."""
+        ids = [token for p in self.row if isinstance(p, Text) for token in p.input_ids.tolist()]
+        sampler = TextSampler(self.text, self.seed, ids)
+        rows = self._begin()
+        if self.open_span:
+            yield from self._span(rows, self.given)
+        last = self.row[-1]
+        before = int(last.input_ids[-1]) if isinstance(last, Text) else self.special.audio_end
+        while (yield from self._text(rows, sampler, before)) == self.special.audio_start:
+            rows.feed_id(self.special.audio_start)
+            yield from self._span(rows, self.given[:0])
+            before = self.special.audio_end
+
+    def _begin(self) -> Rows:
+        """Feed the conversation, laid out as in training."""
+        row, copies = list(self.row), 1 + int(self.config.is_guided(self.longest))
+        if self.open_span:
+            # One latent more, cut off again below: so the last one predicts what follows it.
+            latents = torch.cat([self.given, self.given[:1]])
+            row[-1] = Audio(latents, torch.arange(len(latents)))
+        elif isinstance(row[-1], Audio):
+            row.append(Text(torch.zeros(0, dtype=torch.long)))  # closes it
+        batch = collate(
+            [row] * copies,
+            ["conversation"] * copies,
+            self.special,
+            unconditional=[False, True][:copies],
+            end_of_audio=self.model.audio.config.end_of_audio,
+        ).to(self.model.device)
+        embeds = self.model.embed(batch)[:, : self.length]  # (R', T, H), no padding
+        positions = batch.position_ids[:, : self.length]
+        mask = torch.ones_like(positions, dtype=torch.bool)
+        return Rows.begin(self.model, self.special, copies == 2, embeds, positions, mask)
+
+    def _text(
+        self, rows: Rows, sampler: TextSampler, before: int
+    ) -> Generator[TextDelta, None, int | None]:
+        """Say text behind the id `before`; return `<|audio_start|>` to come, or None at the end."""
+        stream = TextStream(self.text_tokenizer, before, self.text.stop_strings)
+        while True:
+            token = self._next_id(rows, sampler)
+            if token is None or token == self.special.audio_start:
+                text = stream.flush()
+            else:
+                text = stream.push(token)
+            if text:
+                yield TextDelta(text)
+            if stream.stopped or token is None or token == self.special.audio_start:
+                return None if stream.stopped else token
+            rows.feed_id(token)
+            sampler.add(token)
+
+    def _next_id(self, rows: Rows, sampler: TextSampler) -> int | None:
+        """Choose the next id; None where the reply ends."""
+        position = int(rows.positions[0]) + 1
+        if self.num_ids == self.text.max_new_tokens or position >= self.limit:
+            return None
+        forbidden = [self.special.audio, self.special.audio_end, self.special.cond]
+        opened = self.num_spans - int(self.open_span)
+        if opened == self.text.max_audio_spans or self._most(position) < self.fewest:
+            forbidden.append(self.special.audio_start)
+        token = sampler.choose(self.model.text_logits(rows.states[0]), forbidden)
+        self.num_ids += 1
+        return None if token in self.end_ids else token
+
+    def _most(self, start: int) -> int:
+        """Count the latents for which there is room in a span that starts at a position."""
+        room = self.limit - start - 2  # beside both markers
+        return min(self.longest, room // self.column * self.column)
+
+    def _span(self, rows: Rows, given: Tensor) -> Iterator[Span]:
+        """Go on with a span of which (N, D) latents are fed, and close it."""
+        longest = self._most(int(rows.positions[0]) - len(given))
+        seed = span_seed(self.seed, self.num_spans)
+        steps = audio_span(rows, [seed], self.config, longest, first=len(given))
+        latents = torch.cat([given, *[step.latents.cpu() for step in steps]])
+        rows.feed_id(self.special.audio_end)
+        if len(latents) > len(given):
+            yield Span(self.num_spans, latents, len(given))
+        self.num_spans += 1
+
+
+def _end_ids(model: AudioLanguageModel, text_tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Collect the ids that end a reply: of the backbone's generation settings and the tokenizer."""
+    settings = getattr(model.backbone.generation_config, "eos_token_id", None)
+    listed = settings if isinstance(settings, list) else [settings]
+    return {token for token in [*listed, text_tokenizer.eos_token_id] if token is not None}
