@@ -18,6 +18,7 @@ _HOMES = {
     "get_preset": "mllm_audio.presets",
     "load_tokenizer": "mllm_audio.tokenizers",
     "prepare": "mllm_audio.data.prepare",
+    "push_to_hub": "mllm_audio.hub",
     "train_run": "mllm_audio.run",
 }
 __all__ = sorted(_HOMES)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,16 +15,22 @@ from mllm_audio.data.conversations import has_conversations, load_clips, load_co
 from mllm_audio.data.dataset import RowSource
 from mllm_audio.data.shards import ShardIndex, load_split, read_index
 from mllm_audio.data.sources import ClipConversations, ConversationSource, TextSource
-from mllm_audio.evaluation.perplexity import Perplexity, TextDrift, perplexity, read_texts
+from mllm_audio.evaluation.perplexity import (
+    DRIFT_FILE,
+    Perplexity,
+    TextDrift,
+    perplexity,
+    read_texts,
+)
 from mllm_audio.files import file_sha256
 from mllm_audio.generation.voice import Voice
 from mllm_audio.model import AudioLanguageModel, default_device
 from mllm_audio.presets import RunConfig
 from mllm_audio.pretrained import load_backbone, load_text_tokenizer
-from mllm_audio.run import Sources, data_digest, train_voice
+from mllm_audio.run import RUN_FILE, Sources, data_facts, train_voice
 from mllm_audio.tokenizers import load_tokenizer
 
-REPLAY_TOKENS = 256  # of a block of replayed text: about as long as a conversation
+REPLAY_TOKENS = 128  # of a block of replayed text: about as long as a conversation
 
 
 def add_voice(config: RunConfig, out: Path) -> Voice:
@@ -75,7 +83,7 @@ def train_added_voice(
     config = fit_to_data(config, index, list(clips.values()), data)
     voice = build_voice_on(config, index)
     sources = _sources(voice, data, replay)
-    voice = train_voice(config, voice, sources, out, _digests(index, data, replay))
+    voice = train_voice(config, voice, sources, out, _facts(index, data, replay))
     if texts is None:
         return voice, None
     assert config.base is not None
@@ -107,14 +115,14 @@ def _sources(voice: Voice, data: Path, replay: Path | None) -> Sources:
     return Sources(train=train, validation=split("validation"), replay=text)
 
 
-def _digests(index: ShardIndex, data: Path, replay: Path | None) -> dict[str, str]:
-    """Hash everything trained on."""
-    digests = {"data_sha256": data_digest(index)}
+def _facts(index: ShardIndex, data: Path, replay: Path | None) -> dict[str, Any]:
+    """Say what is trained on."""
+    facts = data_facts(index)
     if has_conversations(data):
-        digests["conversations_sha256"] = file_sha256(data / "conversations.jsonl")
+        facts["conversations_sha256"] = file_sha256(data / "conversations.jsonl")
     if replay is not None:
-        digests["replay_sha256"] = file_sha256(replay)
-    return digests
+        facts["replay_sha256"] = file_sha256(replay)
+    return facts
 
 
 def base_perplexity(base: str, texts: list[str]) -> Perplexity:
@@ -157,6 +165,9 @@ def merge(run: Path, out: Path, base: str | None = None) -> Voice:
         raise ValueError(f"--out {out} exists, expected a new or empty folder; type another")
     voice = Voice.load(run, base)
     voice.save(out)
+    for name in (RUN_FILE, DRIFT_FILE):  # what its model card tells
+        if (run / name).is_file():
+            shutil.copyfile(run / name, out / name)
     return voice
 
 

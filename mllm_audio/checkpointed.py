@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Self
 
 import torch
@@ -12,6 +13,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from mllm_audio import backbone as backbones
 from mllm_audio import folder as folders
+from mllm_audio import hub
 from mllm_audio.adapter import (
     AdaptConfig,
     SpecialRows,
@@ -183,6 +185,20 @@ class Checkpointed(nn.Module):
         lora = {peft_name: values[name] for name, peft_name in lora_names(values).items()}
         folders.write_adapter(Path(folder), self.origin, self.audio.config, own, self.lora, lora)
         self.text_tokenizer.save_pretrained(folder)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload the checkpoint, or the adapter, with a model card; return its address.
+
+        A run folder knows more for its card: `mllm-audio push RUN REPO` or `hub.push_to_hub`.
+
+        Args:
+            repo_id: OWNER/NAME, or NAME among your own.
+            options: as `hub.push_to_hub` takes them.
+        """
+        with TemporaryDirectory() as folder:
+            save = self.save_pretrained if self.special_rows is None else self.save_adapter
+            save(folder)
+            return hub.push_to_hub(folder, repo_id, **options)
 
     @classmethod
     def from_pretrained(

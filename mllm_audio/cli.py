@@ -229,6 +229,18 @@ def generate(
 
 
 @cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("repo_id", metavar="OWNER/NAME")
+@click.option("--private", is_flag=True, help="Of a new repository.")
+@click.option("--revision", help="Branch to commit to.")
+def push(run: Path, repo_id: str, private: bool, revision: str | None) -> None:
+    """Upload the voice in RUN to the Hugging Face hub, with a model card."""
+    from mllm_audio.hub import push_to_hub
+
+    click.echo(push_to_hub(run, repo_id, private=private or None, revision=revision))
+
+
+@cli.command()
 @click.argument("name", metavar="RUN|PRESET")
 def info(name: str) -> None:
     """Print the components of a run folder or preset and their parameter counts."""

@@ -95,7 +95,7 @@ def voice() -> RunConfig:
             head=HeadConfig(name="flow", width=1024, num_blocks=3),
         ),
         masking=MaskingConfig(schedule="uniform", scale=0.5),
-        data=DataConfig(replay_share=0.25),
+        data=DataConfig(replay_share=0.125, pack_tokens=1024),
         train=TrainConfig(
             num_steps=20_000,
             batch_size=32,
@@ -113,6 +113,7 @@ def voice_digits() -> RunConfig:
         base,
         preset="voice_digits",
         audio=small.audio,
+        data=replace(base.data, pack_tokens=256),
         train=replace(
             small.train,
             optim=replace(small.train.optim, backbone_lr_share=0.2),

@@ -73,7 +73,7 @@ def train_run(config: RunConfig, data: Path, out: Path) -> Voice:
         train=CaptionedClips(clips, voice.text_tokenizer),
         validation=CaptionedClips(validation, voice.text_tokenizer),
     )
-    return train_voice(config, voice, sources, out, {"data_sha256": data_digest(index)})
+    return train_voice(config, voice, sources, out, data_facts(index))
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Sources:
 
 
 def train_voice(
-    config: RunConfig, voice: Voice, sources: Sources, out: Path, digests: dict[str, str]
+    config: RunConfig, voice: Voice, sources: Sources, out: Path, facts: dict[str, Any]
 ) -> Voice:
     """Train `voice` in place in the folder `out`, resuming what is there.
 
@@ -95,7 +95,7 @@ def train_voice(
         voice: untrained, or a trained language model with untrained audio modules.
         sources: rows to train on.
         out: folder of the run.
-        digests: hashes of everything trained on, kept in run.json beside the configuration.
+        facts: what is trained on, kept in run.json beside the configuration.
 
     Returns:
         The voice with averaged weights, as exported to `out`.
@@ -125,28 +125,32 @@ def train_voice(
         voice.save(out, engine.ema.state_dict(voice.model))
 
     out.mkdir(parents=True, exist_ok=True)
-    with claimed(out, config, digests):
+    with claimed(out, config, facts):
         train(
             engine, training, unmasked if len(unmasked.source) else None, config.train, out, export
         )
     return Voice.load(out)
 
 
-def data_digest(index: ShardIndex) -> str:
-    """Hash the shards of a prepared folder."""
+def data_facts(index: ShardIndex) -> dict[str, Any]:
+    """Say what a run is trained on: name, counts and a hash of the shards."""
     shards = "".join(shard.sha256 for shard in index.shards)
-    return hashlib.sha256(shards.encode()).hexdigest()
+    return {
+        "data_manifest": Path(index.manifest).name,
+        "data_counts": index.counts,
+        "data_sha256": hashlib.sha256(shards.encode()).hexdigest(),
+    }
 
 
 @contextmanager
-def claimed(out: Path, config: RunConfig, digests: dict[str, str]) -> Iterator[None]:
+def claimed(out: Path, config: RunConfig, facts: dict[str, Any]) -> Iterator[None]:
     """Hold RUN for this process, with RUN/run.json written or checked to be this run.
 
     Raises:
         ValueError: if another process is training there, or naming the settings that differ.
     """
     path = out / RUN_FILE
-    values = json.loads(json.dumps({**to_dict(config), **digests}))
+    values = json.loads(json.dumps({**to_dict(config), **facts}))
     with (out / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -73,14 +73,14 @@ def check_fit(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], where
     unknown = sorted(found.keys() - expected.keys())
     if missing or unknown:
         raise ValueError(
-            f"{where} does not fit its own config.json: {len(missing)} tensors missing "
+            f"{where} does not fit its own configuration: {len(missing)} tensors missing "
             f"{missing[:3]}, {len(unknown)} unknown {unknown[:3]}"
         )
-    for name, value in expected.items():
+    for name, value in sorted(expected.items()):
         if value.shape != found[name].shape:
             raise ValueError(
                 f"{where}: {name} is {tuple(found[name].shape)}, "
-                f"config.json says {tuple(value.shape)}"
+                f"its configuration says {tuple(value.shape)}"
             )
 
 

@@ -151,10 +151,14 @@ TALKS = {
 }
 
 
-@pytest.mark.parametrize("talk", TALKS.values(), ids=TALKS)
+# A token of Phi-3 swallows the spaces that begin a reply, so its prompt ends inside of it.
+PAIRS = [(f, t) for f in FORMATS for t in TALKS if (f, t) != ("phi3", "spaces")]
+
+
+@pytest.mark.parametrize(("name", "talk"), PAIRS)
 @pytest.mark.parametrize("prompted", [False, True])
-def test_text_has_the_ids_of_apply_chat_template(formatted, talk, prompted):
-    tokenizer, _ = formatted
+def test_text_has_the_ids_of_apply_chat_template(name, talk, prompted):
+    tokenizer, talk = chat_tokenizer(name), TALKS[talk]
     expected = tokenizer.apply_chat_template(
         plain(talk), tokenize=True, add_generation_prompt=prompted, return_dict=False
     )
@@ -180,6 +184,22 @@ def test_reply_and_the_token_that_ends_it_are_learned(formatted):
     space = " " if tokenizer.chat_template == LLAMA2 else ""
     expected = f"{space}Sure: seven.{end}{space}{think}quack quack{end}"
     assert tokenizer.decode(text.input_ids[text.learned]) == expected
+
+
+def test_learned_ids_are_those_that_transformers_marks_as_generated(chatml):
+    turn = "{{ m.content }}<|im_end|>"
+    said = "{% generation %}" + turn + "{% endgeneration %}"
+    template = CHATML.replace(
+        turn,
+        f"{{% if m.role == 'assistant' %}}{said}{{% else %}}{turn}{{% endif %}}{{{{ '\\n' }}}}",
+    ).replace("}}\n{% endfor", "}}{% endfor")
+    for talk in TALKS.values():
+        expected = chatml.apply_chat_template(
+            plain(talk), chat_template=template, return_assistant_tokens_mask=True, return_dict=True
+        )
+        (text,) = render(talk, chatml)
+        assert text.input_ids.tolist() == expected["input_ids"]
+        assert text.learned.long().tolist() == expected["assistant_masks"]
 
 
 @pytest.mark.parametrize("word", ["think", "im", "end", "assistant", "e", "|"])
@@ -303,16 +323,10 @@ def test_row_learns_what_the_assistant_says_and_sounds(chatml):
     special = SpecialIds.of(chatml)
     batch = collate([row], ["r"], special)
     labels = batch.text_labels[batch.text_labels >= 0]
-    start = torch.tensor([special.audio_start])
-    expected = [
-        chatml("Sure:", add_special_tokens=False)["input_ids"],
-        [special.audio_start],
-        chatml("fine<|im_end|>", add_special_tokens=False)["input_ids"],
-    ]
-    assert labels.tolist() == sum(expected, [])
+    assert chatml.decode(labels) == "Sure:<|audio_start|>fine<|im_end|>"
     assert batch.latents.equal(torch.cat([latents["q"], latents["a"]]))
     assert batch.target_latents.equal(torch.cat([latents["a"], torch.zeros(1, 4)]))
-    assert (batch.input_ids == start).sum() == 2
+    assert (batch.input_ids == special.audio_start).sum() == 2
 
 
 def test_row_of_text_alone_has_no_audio(chatml):

@@ -284,7 +284,7 @@ def test_damaged_checkpoints_are_refused_in_one_line(make_model, tmp_path):
         AudioLanguageModel.from_pretrained(tmp_path)
     save_file(tensors | {"audio.null_prompt": torch.zeros(2, 32)}, weights)
     with pytest.raises(
-        ValueError, match=r"audio.null_prompt is \(2, 32\), config.json says \(1, 32\)"
+        ValueError, match=r"audio.null_prompt is \(2, 32\), its configuration says \(1, 32\)"
     ):
         AudioLanguageModel.from_pretrained(tmp_path)
     weights.write_bytes(weights.read_bytes()[:1000])

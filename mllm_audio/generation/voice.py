@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,12 +14,17 @@ from transformers import PreTrainedTokenizerBase
 
 from mllm_audio.config import from_dict, read_json, to_dict
 from mllm_audio.data.dataset import prompt_ids
+from mllm_audio.data.layout import Audio
+from mllm_audio.data.messages import AudioPart, Message, TextPart, parse_messages, render, to_row
 from mllm_audio.generation.decode import GenerationConfig, decode
+from mllm_audio.generation.hear import hear
+from mllm_audio.generation.interleaved import Reply, Span, join
+from mllm_audio.generation.text import TextConfig
 from mllm_audio.model import AudioLanguageModel, default_device
 from mllm_audio.text import SpecialIds
 from mllm_audio.tokenizers import load_tokenizer
 from mllm_audio.tokenizers.base import AudioTokenizer
-from mllm_audio.types import Clip
+from mllm_audio.types import AudioChunk, Clip, TextDelta
 
 GENERATION_FILE = "audio_generation.json"  # defaults of `generate`, beside config.json
 
@@ -128,3 +134,98 @@ class Voice:
         if config.seconds is not None:
             waveform = waveform[: round(config.seconds * self.audio_tokenizer.sample_rate)]
         return Clip(waveform, self.audio_tokenizer.sample_rate)
+
+    def generate_interleaved(
+        self,
+        messages: Sequence[Message] | Sequence[dict[str, Any]],
+        config: GenerationConfig | None = None,
+        text: TextConfig | None = None,
+        *,
+        seed: int = 0,
+        continue_final_message: bool = False,
+    ) -> Iterator[TextDelta | AudioChunk]:
+        """Reply to a conversation with text, and with audio wherever the model opens a span.
+
+        Text comes as it is chosen, audio a whole span at a time. The reply is a function of the
+        arguments alone.
+
+        Args:
+            messages: `Message`s, or the same in Hugging Face's form, see `parse_messages`. Audio is
+                a path, a `Clip`, or (N, D) latents.
+            config: of each span; overrides the checkpoint's defaults.
+            text: how text is chosen.
+            seed: of the text and the sound.
+            continue_final_message: go on with the last message, the assistant's. Where it ends in
+                audio the recording itself goes on: its chunk holds the new sound alone, while
+                durations in `config` count all of it. No chunk comes where nothing is added.
+
+        Raises:
+            ValueError: at once, if the messages cannot be written or heard, or leave no room for a
+                reply.
+        """
+        config = config or self.defaults
+        parsed = _parsed(messages)
+        pieces = render(
+            parsed,
+            self.text_tokenizer,
+            add_generation_prompt=not continue_final_message,
+            continue_final_message=continue_final_message,
+        )
+        row = to_row(pieces, self.hear)
+        reply = Reply(
+            model=self.model,
+            text_tokenizer=self.text_tokenizer,
+            row=row,
+            config=config,
+            text=text or TextConfig(),
+            seed=seed,
+            open_span=continue_final_message and isinstance(row[-1], Audio),
+        )
+        return (self._chunk(e, config) if isinstance(e, Span) else e for e in reply.events())
+
+    def reply(
+        self,
+        messages: Sequence[Message] | Sequence[dict[str, Any]],
+        config: GenerationConfig | None = None,
+        text: TextConfig | None = None,
+        *,
+        seed: int = 0,
+        continue_final_message: bool = False,
+    ) -> Message:
+        """Reply as `generate_interleaved` does, the events joined to a message for the history.
+
+        Its audio is latents. With `continue_final_message` it is the last message, completed.
+        """
+        parsed = _parsed(messages)
+        given: list[TextPart | AudioPart] = []  # what is continued, its audio as latents
+        if continue_final_message:
+            *head, last = parsed
+            given = [
+                AudioPart(self.hear(part.audio)) if isinstance(part, AudioPart) else part
+                for part in last.parts
+                if part != TextPart("")
+            ]
+            parsed = (*head, replace(last, parts=tuple(given)))
+        events = self.generate_interleaved(
+            parsed, config, text, seed=seed, continue_final_message=continue_final_message
+        )
+        open_span = bool(given) and isinstance(given[-1], AudioPart)
+        return Message("assistant", join(events, given, open_span=open_span))
+
+    def hear(self, audio: Any) -> Tensor:
+        """Encode a path, a `Clip` or latents for a message; see `hear`."""
+        return hear(audio, self.audio_tokenizer, self.model.audio.config)
+
+    def _chunk(self, span: Span, config: GenerationConfig) -> AudioChunk:
+        """Decode a span to sound, and cut off what was given."""
+        clip = self.to_clip(span.latents, config)
+        columns = span.given // self.audio_tokenizer.tokens_per_column
+        waveform = clip.waveform[columns * self.audio_tokenizer.samples_per_column :]
+        return AudioChunk(waveform, clip.sample_rate, span.index, span.latents[span.given :])
+
+
+def _parsed(messages: Sequence[Message] | Sequence[dict[str, Any]]) -> tuple[Message, ...]:
+    """Take messages as they are, or from Hugging Face's form."""
+    if messages and all(isinstance(message, Message) for message in messages):
+        return tuple(m for m in messages if isinstance(m, Message))
+    return parse_messages(messages, "the conversation")
