@@ -13,7 +13,7 @@ from mllm_audio import backbone as backbones
 from mllm_audio.build import build_voice_on, fit_to_data
 from mllm_audio.data.conversations import has_conversations, load_clips, load_conversations
 from mllm_audio.data.dataset import RowSource
-from mllm_audio.data.shards import ShardIndex, load_split, read_index
+from mllm_audio.data.shards import PreparedClip, ShardIndex, read_index
 from mllm_audio.data.sources import ClipConversations, ConversationSource, TextSource
 from mllm_audio.evaluation.perplexity import (
     DRIFT_FILE,
@@ -82,7 +82,7 @@ def train_added_voice(
     clips = load_clips(data)
     config = fit_to_data(config, index, list(clips.values()), data)
     voice = build_voice_on(config, index)
-    sources = _sources(voice, data, replay)
+    sources = _sources(voice, data, clips, replay)
     voice = train_voice(config, voice, sources, out, _facts(index, data, replay))
     if texts is None:
         return voice, None
@@ -94,25 +94,23 @@ def train_added_voice(
     return voice, drift
 
 
-def _sources(voice: Voice, data: Path, replay: Path | None) -> Sources:
+def _sources(
+    voice: Voice, data: Path, clips: dict[str, PreparedClip], replay: Path | None
+) -> Sources:
     """Read the rows of a prepared folder and the replayed text."""
     tokenizer = voice.text_tokenizer
     limit = voice.model.backbone.config.max_position_embeddings
 
     def split(name: str) -> RowSource:
         if has_conversations(data):
-            return ConversationSource(
-                load_conversations(data, name), load_clips(data), tokenizer, limit
-            )
-        return ClipConversations(load_split(data, name, verify=False), tokenizer, limit)
+            return ConversationSource(load_conversations(data, name), clips, tokenizer, limit)
+        own = [clip for clip in clips.values() if clip.split == name]
+        return ClipConversations(own, tokenizer, limit)
 
-    train = split("train")
-    if not len(train):
-        raise ValueError(f"{data} holds no rows of split train; prepare some")
     text = None
     if replay is not None:
         text = TextSource.read(replay, tokenizer, limit, block_tokens=REPLAY_TOKENS)
-    return Sources(train=train, validation=split("validation"), replay=text)
+    return Sources(train=split("train"), validation=split("validation"), replay=text)
 
 
 def _facts(index: ShardIndex, data: Path, replay: Path | None) -> dict[str, Any]:

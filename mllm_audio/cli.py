@@ -84,7 +84,10 @@ def demo(out: Path, minutes: float | None, clips: int, seed: int) -> None:
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the random crops.")
 def prepare(manifest: Path, out: Path, **options: Any) -> None:
-    """Encode the recordings of MANIFEST (JSONL or CSV: audio, caption, split?) to latents.
+    """Encode the recordings of MANIFEST to latents.
+
+    MANIFEST is JSONL or CSV of {audio, caption, split?}, or JSONL of conversations {messages,
+    split?} whose content has parts {"type": "audio", "audio": PATH}.
 
     Stopped at any moment, the same command continues. Files that cannot be used are named with
     their reason in OUT/rejected.jsonl.
@@ -238,6 +241,53 @@ def push(run: Path, repo_id: str, private: bool, revision: str | None) -> None:
     from mllm_audio.hub import push_to_hub
 
     click.echo(push_to_hub(run, repo_id, private=private or None, revision=revision))
+
+
+@cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("chat"),
+    show_default=True,
+    help="Folder for the sounds; nothing in it is overwritten.",
+)
+@click.option("--base", help="Where an adapter's base model is now, if it moved.")
+@click.option("--system", help="A message from the system, before yours.")
+@click.option("--temperature", type=float, help="Of the text: 0 takes the likeliest, 1 samples.")
+@click.option("--top-p", type=float, help="Sample text within this total probability.")
+@click.option("--max-new-tokens", type=int, help="Longest text of a reply.")
+@click.option("--guidance-scale", type=float, help="Of the sound, MAR's s: 1 is no guidance.")
+@click.option("--play", is_flag=True, help="Play each sound with aplay, paplay, afplay or ffplay.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the first reply.")
+def chat(
+    run: Path,
+    out: Path,
+    base: str | None,
+    system: str | None,
+    guidance_scale: float | None,
+    play: bool,
+    seed: int,
+    **options: Any,
+) -> None:
+    """Talk with the model in RUN, which answers in text and sound.
+
+    A line is a message; /audio PATH [TEXT] sends a recording. Reads a pipe too.
+    """
+    from mllm_audio.chat import Chat, find_player
+    from mllm_audio.generation.text import TextConfig
+    from mllm_audio.generation.voice import Voice
+
+    player = find_player() if play else None
+    given = {key: value for key, value in options.items() if value is not None}
+    if given.get("temperature") == 0:
+        given = {**given, "temperature": 1.0, "do_sample": False}
+    text = TextConfig(**given)
+    voice = Voice.load(run, base)
+    config = voice.defaults
+    if guidance_scale is not None:
+        config = replace(config, guidance_scale=guidance_scale, guidance_weight=None)
+    Chat(voice, out, config, text, seed, system, player).run()
 
 
 @cli.command()

@@ -172,7 +172,7 @@ def test_sound_heard_in_train_and_elsewhere_counts_as_train(tmp_path, tones):
 
 def test_validation_share_depends_on_the_messages_alone(tmp_path, tones):
     rows = [row(f"tone {i}", [hear(tones / f"{i % 12}.wav")]) for i in range(40)]
-    rows.append(row("tone", [hear(tones / "0.wav")], split="test"))
+    rows += [values | {"split": "test"} for values in rows]
 
     def chosen(name, rows):
         report = run(
@@ -184,7 +184,7 @@ def test_validation_share_depends_on_the_messages_alone(tmp_path, tones):
     first = chosen("forwards", rows)
     assert 2 <= len(first) <= 15
     assert chosen("backwards", [values | {"label": 1} for values in rows[::-1]]) == first
-    assert len(load_conversations(tmp_path / "forwards", "test")) == 1
+    assert len(load_conversations(tmp_path / "forwards", "test")) == 40
 
 
 def test_conversation_that_names_a_rejected_file_is_left_out_and_counted(tmp_path, tones):
@@ -392,6 +392,13 @@ def test_text_is_learned_whole_in_blocks(tmp_path, tokenizer):
     assert source.length(0) == 16
     wide = TextSource.read(path, tokenizer, max_positions=64)
     assert wide.length(0) == 64
+
+
+def test_block_of_one_id_is_left_out(tmp_path, tokenizer):
+    path = write_rows(tmp_path / "text.jsonl", [{"text": "hello there"}])
+    length = len(tokenizer("hello there")["input_ids"])
+    source = TextSource.read(path, tokenizer, 64, block_tokens=length - 1)
+    assert [source.length(index) for index in range(len(source))] == [length - 1]
 
 
 def test_text_has_the_tokenizers_own_beginning_and_no_structure(tmp_path):

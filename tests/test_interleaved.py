@@ -32,26 +32,20 @@ ASK = [{"role": "user", "content": "say two high beeps"}]
 HEAD = HeadConfig(name="flow", width=32, num_blocks=1)
 
 
-@pytest.fixture
-def make_voice(base):
+def build_voice(folder, **audio) -> Voice:
     """Build a voice on a tiny random base model, every audio output of it random too."""
-
-    def make(name: str = "gpt2", **audio) -> Voice:
-        config = AudioConfig(max_tokens=16, head=HEAD, **audio)
-        model = AudioLanguageModel.from_backbone(base(name), config)
-        generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for parameter in model.audio.parameters():
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-        return Voice(model.merge(), model.text_tokenizer, DCTTokenizer(), CONFIG)
-
-    return make
+    model = AudioLanguageModel.from_backbone(folder, AudioConfig(max_tokens=16, head=HEAD, **audio))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.audio.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return Voice(model.merge(), model.text_tokenizer, DCTTokenizer(), CONFIG)
 
 
 @pytest.fixture
-def voice(make_voice):
+def voice(base):
     """A voice on a tiny random GPT-2."""
-    return make_voice()
+    return build_voice(base("gpt2"))
 
 
 def script(voice, *said):
@@ -128,8 +122,8 @@ def prompt_text(voice, messages, **options):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "mistral", "gemma3"])
-def test_a_streamed_reply_equals_full_recomputation_in_the_training_layout(make_voice, name):
-    voice = make_voice(name)
+def test_a_streamed_reply_equals_full_recomputation_in_the_training_layout(base, name):
+    voice = build_voice(base(name))
     states = record_states(voice)
     ids = script(voice, "a low", start(voice), "beep two", start(voice), " high noise")
     events = list(voice.generate_interleaved(ASK))
@@ -153,8 +147,8 @@ def test_a_streamed_reply_equals_full_recomputation_in_the_training_layout(make_
 
 
 @pytest.mark.parametrize("end_of_audio", [True, False])
-def test_recordings_in_the_conversation_stand_where_training_has_them(make_voice, end_of_audio):
-    voice = make_voice("llama", end_of_audio=end_of_audio)
+def test_recordings_in_the_conversation_stand_where_training_has_them(base, end_of_audio):
+    voice = build_voice(base("llama"), end_of_audio=end_of_audio)
     states = record_states(voice)
     script(voice, " two")
     generator = torch.Generator().manual_seed(3)
@@ -242,7 +236,7 @@ def test_the_same_seed_repeats_the_reply_and_another_differs(voice):
 
     # Random text, and a span wherever the coin of the first ids falls so.
     bias = torch.zeros(len(voice.text_tokenizer))
-    bias[start(voice)] = 3.0
+    bias[start(voice)] = 8.0
     plain = voice.model.text_logits
     voice.model.text_logits = lambda hidden: plain(hidden) + bias
     first, again, other = events(5), events(5), events(6)
@@ -337,8 +331,8 @@ def test_markers_and_spans_beyond_the_number_allowed_are_not_said(voice):
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.5])
-def test_greedy_text_is_that_of_transformers(make_voice, penalty):
-    voice = make_voice("llama")
+def test_greedy_text_is_that_of_transformers(base, penalty):
+    voice = build_voice(base("llama"))
     special = SpecialIds.of(voice.text_tokenizer)
     (prompt,) = prompt_text(voice, ASK)
     ids = voice.model.backbone.generate(
@@ -356,7 +350,7 @@ def test_greedy_text_is_that_of_transformers(make_voice, penalty):
         do_sample=False, max_new_tokens=20, repetition_penalty=penalty, max_audio_spans=0
     )
     events = list(voice.generate_interleaved(ASK, text=text))
-    assert "".join(event.text for event in events).rstrip() == expected.rstrip()
+    assert "".join(event.text for event in events) == expected.rstrip("\ufffd")
     assert len(events) > 3
 
 
@@ -483,10 +477,10 @@ def test_a_recording_is_heard_as_prepare_encodes_it(prepared):
     clip = load_split(prepared, "validation")[0]
     path = prepared.parent / clip.name
     heard = hear(path, DCTTokenizer(), config)
-    torch.testing.assert_close(heard, clip.latents().float(), rtol=1e-3, atol=1e-3)
+    assert torch.equal(heard.half(), clip.latents().half())
     samples, rate = soundfile.read(path, dtype="float32")
     loud = Clip(torch.from_numpy(samples) * 3, rate)
-    torch.testing.assert_close(hear(loud, DCTTokenizer(), config), heard, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(hear(loud, DCTTokenizer(), config), heard, rtol=1e-2, atol=1e-2)
     assert hear(str(path), DCTTokenizer(), config).equal(heard)
 
 

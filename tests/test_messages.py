@@ -268,6 +268,26 @@ def test_reply_without_an_end_token_is_learned_through_its_text():
     assert tokenizer.decode(text.input_ids[text.learned]) == "fine!quack"
 
 
+def test_reply_ends_where_nothing_but_audio_follows():
+    tokenizer = chat_tokenizer("chatml")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    pieces = render(messages("hello", "fine", [("q",)]), tokenizer)
+    assert tokenizer.decode(pieces[0].input_ids[pieces[0].learned]) == "fine"
+    assert pieces[1] == AudioPiece("q", False)
+
+
+def test_longest_token_ends_a_reply(chatml):
+    chatml.add_tokens([AddedToken("<|im_e", special=True)], special_tokens=True)
+    (text,) = render(messages("hello", "fine"), chatml)
+    assert chatml.decode(text.input_ids[text.learned]) == "fine<|im_end|>"
+
+
+def test_tokenizer_set_to_split_special_tokens_keeps_those_of_the_template(chatml):
+    expected = ids_of(render(messages("hello", "fine"), chatml))
+    chatml.split_special_tokens = True
+    assert ids_of(render(messages("hello", "fine"), chatml)) == expected
+
+
 # Audio
 
 

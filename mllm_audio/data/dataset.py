@@ -146,9 +146,10 @@ class TrainingData:
         for index in indices:
             generator = seeded("clip", self.seed, epoch, index)
             row = self.source.row(index, generator)
-            unconditional.append(
-                float(torch.rand((), generator=generator)) < self.config.unconditional_share
-            )
+            hidden = float(torch.rand((), generator=generator)) < self.config.unconditional_share
+            # Without audio to learn, nothing would be left of a row whose text is hidden.
+            learns_audio = any(isinstance(part, Audio) and part.learned for part in row)
+            unconditional.append(hidden and learns_audio)
             rows.append([_masked(part, ratio, generator) for part in row])
         names = [self.source.name(index) for index in indices]
         if self.replay is not None and self.num_replayed:
