@@ -8,9 +8,10 @@ import shutil
 import subprocess
 import sys
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryFile
+from typing import Any
 
 from mllm_audio import wav
 from mllm_audio.config import nearest
@@ -45,6 +46,45 @@ def find_player() -> list[str]:
         if path := shutil.which(name):
             return [path, *options]
     raise ValueError(f"--play found none of {', '.join(PLAYERS)}; install one, or leave --play out")
+
+
+def run_chat(
+    run: Path,
+    out: Path,
+    *,
+    base: str | None = None,
+    system: str | None = None,
+    guidance_scale: float | None = None,
+    play: bool = False,
+    seed: int = 0,
+    temperature: float | None = None,
+    **text: Any,
+) -> None:
+    """Chat with the voice in a folder; arguments that are None stay at their defaults.
+
+    Args:
+        run: a checkpoint or adapter folder.
+        out: for the sound files.
+        base: where an adapter's base model is now, if it moved.
+        system: first message.
+        guidance_scale: of the sound.
+        play: whether each sound is played.
+        seed: of the first reply.
+        temperature: of the text; 0 takes the likeliest.
+        text: more settings of `TextConfig`.
+    """
+    player = find_player() if play else None
+    settings = {key: value for key, value in text.items() if value is not None}
+    if temperature == 0:
+        settings["do_sample"] = False
+    elif temperature is not None:
+        settings["temperature"] = temperature
+    text_config = TextConfig(**settings)
+    voice = Voice.load(run, base)
+    config = voice.defaults
+    if guidance_scale is not None:
+        config = replace(config, guidance_scale=guidance_scale, guidance_weight=None)
+    Chat(voice, out, config, text_config, seed, system, player).run()
 
 
 @dataclass

@@ -260,34 +260,14 @@ def push(run: Path, repo_id: str, private: bool, revision: str | None) -> None:
 @click.option("--guidance-scale", type=float, help="Of the sound, MAR's s: 1 is no guidance.")
 @click.option("--play", is_flag=True, help="Play each sound with aplay, paplay, afplay or ffplay.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the first reply.")
-def chat(
-    run: Path,
-    out: Path,
-    base: str | None,
-    system: str | None,
-    guidance_scale: float | None,
-    play: bool,
-    seed: int,
-    **options: Any,
-) -> None:
+def chat(run: Path, out: Path, **options: Any) -> None:
     """Talk with the model in RUN, which answers in text and sound.
 
     A line is a message; /audio PATH [TEXT] sends a recording. Reads a pipe too.
     """
-    from mllm_audio.chat import Chat, find_player
-    from mllm_audio.generation.text import TextConfig
-    from mllm_audio.generation.voice import Voice
+    from mllm_audio.chat import run_chat
 
-    player = find_player() if play else None
-    given = {key: value for key, value in options.items() if value is not None}
-    if given.get("temperature") == 0:
-        given = {**given, "temperature": 1.0, "do_sample": False}
-    text = TextConfig(**given)
-    voice = Voice.load(run, base)
-    config = voice.defaults
-    if guidance_scale is not None:
-        config = replace(config, guidance_scale=guidance_scale, guidance_weight=None)
-    Chat(voice, out, config, text, seed, system, player).run()
+    run_chat(run, out, **options)
 
 
 @cli.command()

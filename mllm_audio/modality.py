@@ -38,7 +38,9 @@ class AudioConfig:
     channel_weight_exponent: float = (
         0.0  # loss weight of a channel = its std to this power; 0 = the paper
     )
-    position_init_std: float = 0.02  # of content and target positions; larger learns them sooner
+    # Of content and target positions, beside latents embedded with deviation 1 (beside a trained
+    # backbone, that of its text embeddings); larger learns them sooner.
+    position_init_std: float = 0.02
     head: HeadConfig = field(default_factory=HeadConfig)
 
     def __post_init__(self) -> None:
@@ -156,8 +158,10 @@ class AudioModality(nn.Module):
 
     @torch.no_grad()
     def match_scale(self, std: float) -> None:
-        """Start audio embeddings at the deviation of a trained backbone's text embeddings."""
+        """Start untrained embeddings at the deviation of a trained backbone's text embeddings."""
         self.latent_norm.weight.fill_(std)
+        for embedding in (self.content_positions, self.target_positions):
+            embedding.weight.mul_(std)
 
     def embed_targets(self, target_positions: Tensor) -> Tensor:
         """Embed (P,) target positions; the (P, H) result is added to the elements that predict."""

@@ -12,6 +12,7 @@ from transformers import Cache
 
 from mllm_audio import backbone as backbones
 from mllm_audio.checkpointed import Checkpointed
+from mllm_audio.modality import pad_rows
 from mllm_audio.types import Batch, Losses
 
 
@@ -71,8 +72,9 @@ class AudioLanguageModel(Checkpointed):
         idle: list[nn.Parameter] = []  # what this batch has no use for
         says = batch.text_labels >= 0  # (B, T)
         if bool(says.any()):
-            logits = self.text_logits(hidden_states[says])  # (L, V)
-            text = F.cross_entropy(logits.float(), batch.text_labels[says])
+            labels = batch.text_labels[says]  # (L,)
+            logits = self.text_logits(pad_rows(hidden_states[says]))[: len(labels)]  # (L, V)
+            text = F.cross_entropy(logits.float(), labels)
         else:
             idle += self._text_parameters()
         predicted = hidden_states[batch.predicts]  # (P, H)

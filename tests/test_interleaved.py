@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from itertools import chain, repeat
 
@@ -94,8 +95,8 @@ def record_states(voice):
     return states
 
 
-def recomputed(voice, row, guided=True):
-    """States of every position of a finished row in the training layout, (R', T, H)."""
+def recomputed(voice, row):
+    """States of every position of a finished row in the training layout, (2, T, H)."""
     model = voice.model
     batch = collate(
         [row, row],
@@ -105,8 +106,7 @@ def recomputed(voice, row, guided=True):
         end_of_audio=model.audio.config.end_of_audio,
     )
     with torch.no_grad():
-        hidden = backbones.run(model.backbone, model.embed(batch), batch.position_ids)
-    return hidden if guided else hidden[:1]
+        return backbones.run(model.backbone, model.embed(batch), batch.position_ids)
 
 
 def assert_same_states(states, expected, first):
@@ -181,6 +181,20 @@ def test_recordings_in_the_conversation_stand_where_training_has_them(base, end_
 
 def prompt_text_of(voice, messages):
     return render(messages, voice.text_tokenizer, continue_final_message=True)
+
+
+def test_a_recording_at_the_very_end_of_the_prompt_is_closed_before_the_reply(base):
+    voice = build_voice(base("llama"))
+    voice.text_tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    states = record_states(voice)
+    script(voice, "a low")
+    heard = torch.randn(8, 128, generator=torch.Generator().manual_seed(3))
+    assert voice.reply([Message("user", (AudioPart(heard),))]).parts == (TextPart(" a low"),)
+    row = [
+        Audio(heard, torch.arange(8), learned=False),
+        Text(torch.tensor(spell(voice, "a low"))),
+    ]
+    assert_same_states(states, recomputed(voice, row), 9)
 
 
 def test_a_continued_recording_is_cut_off_its_chunk_and_kept_in_the_reply(voice):
@@ -296,22 +310,30 @@ def test_a_span_ends_at_whole_columns_between_the_guards(voice):
     assert lengths(-50.0, replace(config, max_seconds=0.48)) == [12, 12]
 
 
-def test_spans_fit_the_positions_that_are_left(voice):
+@pytest.mark.parametrize("more", range(4))
+def test_spans_fit_the_positions_that_are_left(voice, more):
     force_end(voice, -50.0)
-    (prompt,) = prompt_text(voice, ASK)
+    ask = [{"role": "user", "content": "say" + " a" * (20 + more)}]
+    (prompt,) = prompt_text(voice, ask)
     left = 128 - len(prompt.input_ids)
 
-    def spans(config):
+    def spans(config, messages, **options):
         states = record_states(voice)
         script(voice, *[start(voice)] * 200)
-        parts = voice.reply(ASK, config).parts
-        assert len(states) - 1 == left  # what no span has room in is text
-        return [len(part.audio) for part in parts if isinstance(part, AudioPart)]
+        parts = voice.reply(messages, config, **options).parts
+        return [len(p.audio) for p in parts if isinstance(p, AudioPart)], len(states) - 1
 
     whole, rest = divmod(left, 18)
     assert rest >= 6
-    assert spans(replace(CONFIG, seconds=None)) == [16] * whole + [(rest - 2) // 4 * 4]
-    assert spans(replace(CONFIG, seconds=0.64)) == [16] * whole
+    free = replace(CONFIG, seconds=None)
+    # Where no span has room there is text.
+    assert spans(free, ask) == ([16] * whole + [(rest - 2) // 4 * 4], left)
+    assert spans(replace(CONFIG, seconds=0.64), ask) == ([16] * whole, left)
+    # A recording of which the whole would not fit goes on as far as it does.
+    full = [{"role": "user", "content": "say" + " a" * (20 + more + left - rest)}]
+    given = {"role": "assistant", "content": [audio_of(torch.ones(4, 128))]}
+    lengths, steps = spans(free, [*full, given], continue_final_message=True)
+    assert (lengths, steps) == ([(rest - 2) // 4 * 4], rest - 5)
 
 
 def test_markers_and_spans_beyond_the_number_allowed_are_not_said(voice):
@@ -386,10 +408,13 @@ def test_text_settings_out_of_range_are_refused(values, message):
 
 
 def streamed(text_tokenizer, text, stop_strings=()):
-    """Push the bytes of a text one id at a time; return the pieces and the stream."""
+    """Push a text one id at a time, up to a stop string; return the pieces and the stream."""
     stream = TextStream(text_tokenizer, text_tokenizer.get_vocab()["<|audio_end|>"], stop_strings)
     ids = text_tokenizer(text, add_special_tokens=False)["input_ids"]
-    return [stream.push(token) for token in ids], stream
+    pieces = []
+    while ids and not stream.stopped:
+        pieces.append(stream.push(ids.pop(0)))
+    return pieces, stream
 
 
 def test_characters_of_several_ids_are_never_cut(text_tokenizer):
@@ -405,7 +430,7 @@ def test_characters_of_several_ids_are_never_cut(text_tokenizer):
 
 def test_stop_strings_of_several_ids_are_held_back_and_not_emitted(text_tokenizer):
     pieces, stream = streamed(text_tokenizer, "a low beep. END of it", ("end of", "xx"))
-    assert "".join(pieces) + stream.flush() == " a low beep. "
+    assert "".join(pieces) == " a low beep. "
     assert stream.stopped
     pieces, stream = streamed(text_tokenizer, "a low beep. END off", ("end off!",))
     assert not stream.stopped
@@ -510,3 +535,17 @@ def test_recordings_that_cannot_be_heard_are_refused_in_one_line(tmp_path):
 def test_no_messages_are_refused(voice):
     with pytest.raises(ValueError, match="expected a list of messages"):
         voice.generate_interleaved([])
+
+
+def test_an_adapter_replies_beside_its_base_wherever_that_is_now(base, tmp_path):
+    config = AudioConfig(max_tokens=16, head=HEAD)
+    shutil.copytree(base("gpt2"), tmp_path / "old")
+    model = AudioLanguageModel.from_backbone(tmp_path / "old", config)
+    Voice(model, model.text_tokenizer, DCTTokenizer(), CONFIG).save(tmp_path / "adapter")
+    (tmp_path / "old").rename(tmp_path / "new")
+    with pytest.raises(ValueError, match="old"):
+        Voice.load(tmp_path / "adapter")
+    voice = Voice.load(tmp_path / "adapter", base=str(tmp_path / "new"))
+    assert voice.text_tokenizer is voice.model.text_tokenizer
+    script(voice, "a low", start(voice))
+    assert [type(part) for part in voice.reply(ASK).parts] == [TextPart, AudioPart]

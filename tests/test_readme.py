@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import sine_manifest
+from conftest import sine_manifest, write_base
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -20,6 +20,8 @@ README = (ROOT / "README.md").read_text()
 SHORTER = {
     "train": ["train.num_steps=3", "backbone.num_layers=1", "audio.head.width=32"],
     "demo": ["--minutes", "0.02", "--clips", "40"],
+    "add-voice": ["train.num_steps=2", "audio.max_tokens=16", "audio.head.width=32"],
+    "chat": ["--max-new-tokens", "8"],
 }
 
 
@@ -31,6 +33,10 @@ def blocks(language: str) -> list[str]:
 def workplace(tmp_path_factory):
     folder = tmp_path_factory.mktemp("readme")
     sine_manifest(folder)
+    row = blocks("json")[0].replace("seven.wav", "1.wav")
+    (folder / "talk.jsonl").write_text(row * 4)
+    (folder / "held_out.txt").write_text("a rising sweep and a low beep")
+    write_base(folder / "my-model")
     return folder
 
 
@@ -41,10 +47,11 @@ def test_every_command_and_code_block_runs_in_order(workplace, monkeypatch, caps
     monkeypatch.chdir(workplace)
     commands = [line for block in blocks("bash") for line in block.strip().splitlines()]
     named = {line.split()[1] for line in commands}
-    assert named == {"prepare", "train", "generate", "info", "demo"}
+    assert named == set(SHORTER) | {"prepare", "generate", "info", "merge"}
     for line in commands:
         arguments = shlex.split(line)
         monkeypatch.setattr(sys, "argv", arguments + SHORTER.get(arguments[1], []))
+        monkeypatch.setattr(sys, "stdin", io.StringIO("say seven\n"))
         with pytest.raises(SystemExit) as stopped:
             main()
         assert stopped.value.code == 0, f"{line}\n{capsys.readouterr().err}"
@@ -54,13 +61,15 @@ def test_every_command_and_code_block_runs_in_order(workplace, monkeypatch, caps
         r"caption adherence: [\d.]+% of 80 held-out captions \(real soundscapes: ", printed
     )
     assert "<audio" in (workplace / "runs/demo/report.html").read_text()
+    output = io.StringIO()
     code = blocks("python")
-    assert code
-    for block in code:
-        output = io.StringIO()
-        with contextlib.redirect_stdout(output):
+    assert len(code) == 2
+    with contextlib.redirect_stdout(output):
+        for block in code:
             exec(compile(block, "README.md", "exec"), {})
-        assert "torch.Size([20480]) 16000" in output.getvalue()
+    assert "torch.Size([20480]) 16000" in output.getvalue()
+    assert (workplace / "runs/untrained/adapter_model.safetensors").is_file()
+    assert (workplace / "runs/voice-merged/config.json").is_file()
 
 
 def test_the_tree_matches_the_disk():

@@ -46,8 +46,6 @@ def hear(audio: Any, tokenizer: AudioTokenizer, config: AudioConfig) -> Tensor:
     waveform = wav.resample(waveform, clip.sample_rate, tokenizer.sample_rate)  # (S,)
     if not len(waveform):
         raise ValueError(f"{name} holds no samples; record it again")
-    most = config.max_tokens // config.tokens_per_column * tokenizer.samples_per_column
-    waveform = waveform[:most]  # resampling may round up by a sample
     with torch.inference_mode():
         latents = tokenizer.encode(wav.normalize_level(waveform)[None])[0].cpu()  # (N, D)
     return _checked(latents, config)

@@ -164,15 +164,16 @@ class Reply:
         while True:
             token = self._next_id(rows, sampler)
             if token is None or token == self.special.audio_start:
-                text = stream.flush()
-            else:
-                text = stream.push(token)
-            if text:
+                break
+            if text := stream.push(token):
                 yield TextDelta(text)
-            if stream.stopped or token is None or token == self.special.audio_start:
-                return None if stream.stopped else token
+            if stream.stopped:
+                return None
             rows.feed_id(token)
             sampler.add(token)
+        if text := stream.flush():
+            yield TextDelta(text)
+        return token
 
     def _next_id(self, rows: Rows, sampler: TextSampler) -> int | None:
         """Choose the next id; None where the reply ends."""

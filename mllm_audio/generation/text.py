@@ -115,7 +115,7 @@ class TextStream:
 
     def flush(self) -> str:
         """Return what was held back, at the end of the stretch; half a character is dropped."""
-        return "" if self.stopped else self._taken(self._pending())
+        return self._taken(self._pending())
 
     def _decoded(self) -> str:
         text: str = self.text_tokenizer.decode(
