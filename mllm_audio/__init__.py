@@ -8,12 +8,15 @@ from typing import Any
 # Public names and their homes. Loaded on first use, so that `import mllm_audio` costs nothing.
 _HOMES = {
     "AdaptConfig": "mllm_audio.adapter",
+    "AudioChunk": "mllm_audio.types",
     "AudioConfig": "mllm_audio.modality",
     "AudioLanguageModel": "mllm_audio.model",
     "AudioModality": "mllm_audio.modality",
     "Clip": "mllm_audio.types",
     "GenerationConfig": "mllm_audio.generation.decode",
     "RunConfig": "mllm_audio.presets",
+    "TextConfig": "mllm_audio.generation.text",
+    "TextDelta": "mllm_audio.types",
     "Voice": "mllm_audio.generation.voice",
     "get_preset": "mllm_audio.presets",
     "load_tokenizer": "mllm_audio.tokenizers",

@@ -221,6 +221,8 @@ class Checkpointed(nn.Module):
         folder = Path(folder)
         if folders.is_adapter(folder):
             return cls._from_adapter(folder, base, dtype).merge()
+        if base is not None:
+            raise ValueError(f"{folder} stands alone, it has no base model; leave --base out")
         audio = folders.read_audio_config(folder)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         has_tokenizer = (folder / "tokenizer_config.json").is_file()

@@ -17,28 +17,22 @@ import click
 # `import mllm_audio.cli` loads neither torch nor transformers: each command imports what it runs.
 
 
+PATH = click.Path(path_type=Path)
+COUNT = click.IntRange(min=1)
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="mllm-audio")
 def cli() -> None:
-    """Continuous-valued audio tokens as an output modality of a Hugging Face causal LM."""
+    """Audio as an output of a Hugging Face causal LM."""
 
 
 @cli.command()
+@click.option("--out", type=PATH, default=Path("runs/demo"), show_default=True)
 @click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("runs/demo"), show_default=True
+    "--minutes", type=click.FloatRange(min=0, min_open=True), help="Training; else the preset's."
 )
-@click.option(
-    "--minutes",
-    type=click.FloatRange(min=0, min_open=True),
-    help="Training time; the preset's by default.",
-)
-@click.option(
-    "--clips",
-    type=click.IntRange(min=1),
-    default=6000,
-    show_default=True,
-    help="Soundscapes to train on.",
-)
+@click.option("--clips", type=COUNT, default=6000, show_default=True, help="To train on.")
 @click.option("--seed", type=int, default=0, show_default=True)
 def demo(out: Path, minutes: float | None, clips: int, seed: int) -> None:
     """Make soundscapes, train the tiny preset on them, generate, and write OUT/report.html."""
@@ -48,10 +42,8 @@ def demo(out: Path, minutes: float | None, clips: int, seed: int) -> None:
 
 
 @cli.command()
-@click.argument("manifest", type=click.Path(path_type=Path))
-@click.option(
-    "--out", type=click.Path(path_type=Path), required=True, help="Folder for the shards."
-)
+@click.argument("manifest", type=PATH)
+@click.option("--out", type=PATH, required=True, help="Folder for the shards.")
 @click.option(
     "--tokenizer", default="dct", show_default=True, help="dct, or audioldm:FOLDER_OR_HUB_ID."
 )
@@ -100,10 +92,8 @@ def prepare(manifest: Path, out: Path, **options: Any) -> None:
 
 @cli.command()
 @click.option("--preset", required=True, help="Name of a preset; `mllm-audio info NAME` shows one.")
-@click.option(
-    "--data", type=click.Path(path_type=Path), required=True, help="Folder that prepare wrote."
-)
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the run.")
+@click.option("--data", type=PATH, required=True, help="Folder that prepare wrote.")
+@click.option("--out", type=PATH, required=True, help="Folder of the run.")
 @click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]...")
 def train(preset: str, data: Path, out: Path, overrides: tuple[str, ...]) -> None:
     """Train a preset; the same command again resumes where it stopped."""
@@ -117,10 +107,10 @@ def train(preset: str, data: Path, out: Path, overrides: tuple[str, ...]) -> Non
 
 @cli.command("add-voice")
 @click.argument("base", metavar="BASE")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the voice.")
+@click.option("--out", type=PATH, required=True, help="Folder of the voice.")
 @click.option(
     "--data",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Folder that prepare wrote, of conversations or captions; without it the voice is "
     "written untrained.",
 )
@@ -128,12 +118,12 @@ def train(preset: str, data: Path, out: Path, overrides: tuple[str, ...]) -> Non
 @click.option("--full", is_flag=True, help="Train all of BASE.")
 @click.option(
     "--replay",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="JSONL of {text} or {messages}, mixed in so that text ability stays.",
 )
 @click.option(
     "--held-out-text",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="JSONL of {text}, or a .txt: report its perplexity under BASE and the voice.",
 )
 @click.option("--preset", default="voice", show_default=True, help="voice or voice_digits.")
@@ -174,8 +164,8 @@ def add_voice(
 
 
 @cli.command()
-@click.argument("run", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="New folder.")
+@click.argument("run", type=PATH)
+@click.option("--out", type=PATH, required=True, help="New folder.")
 @click.option("--base", help="Where the base model is now, if it moved.")
 def merge(run: Path, out: Path, base: str | None) -> None:
     """Merge the adapter in RUN into its base model: a standalone checkpoint in OUT."""
@@ -186,11 +176,11 @@ def merge(run: Path, out: Path, base: str | None) -> None:
 
 
 @cli.command()
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=PATH)
 @click.argument("captions", nargs=-1, required=True, metavar="CAPTION...")
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=PATH,
     required=True,
     help="A .wav or .flac file for one caption, else a folder.",
 )
@@ -207,7 +197,7 @@ def merge(run: Path, out: Path, base: str | None) -> None:
     show_default=True,
     help="Of the first caption; the next has seed + 1.",
 )
-@click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True)
+@click.option("--batch-size", type=COUNT, default=32, show_default=True)
 def generate(
     run: Path, captions: tuple[str, ...], out: Path, seed: int, batch_size: int, **options: Any
 ) -> None:
@@ -232,7 +222,7 @@ def generate(
 
 
 @cli.command()
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=PATH)
 @click.argument("repo_id", metavar="OWNER/NAME")
 @click.option("--private", is_flag=True, help="Of a new repository.")
 @click.option("--revision", help="Branch to commit to.")
@@ -244,10 +234,10 @@ def push(run: Path, repo_id: str, private: bool, revision: str | None) -> None:
 
 
 @cli.command()
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=PATH)
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=PATH,
     default=Path("chat"),
     show_default=True,
     help="Folder for the sounds; nothing in it is overwritten.",

@@ -92,6 +92,7 @@ def voice() -> RunConfig:
         backbone=None,
         audio=AudioConfig(
             channel_weight_exponent=0.7,
+            position_init_std=1.0,
             head=HeadConfig(name="flow", width=1024, num_blocks=3),
         ),
         masking=MaskingConfig(schedule="uniform", scale=0.5),
@@ -112,11 +113,12 @@ def voice_digits() -> RunConfig:
     return replace(
         base,
         preset="voice_digits",
-        audio=small.audio,
+        audio=replace(
+            small.audio, position_init_std=1.0, head=replace(small.audio.head, time_shift=-1.0)
+        ),
         data=replace(base.data, pack_tokens=256),
         train=replace(
-            small.train,
-            optim=replace(small.train.optim, backbone_lr_share=0.2),
+            small.train, optim=replace(small.train.optim, lr=2e-3, backbone_lr_share=0.2)
         ),
     )
 

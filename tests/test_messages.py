@@ -248,9 +248,9 @@ def test_audio_of_a_continued_message_is_heard(chatml):
 def test_tokenizer_without_template_writes_lines_and_ends_replies():
     tokenizer = chat_tokenizer("none")
     assert tokenizer.chat_template is None
-    before, _, after, _, end = render(
-        messages(["hello", ("a",)], ["fine", ("b",)]), tokenizer, add_generation_prompt=True
-    )
+    talk = messages(["hello", ("a",)], ["fine", ("b",)])
+    before, heard, after, said, end = render(talk, tokenizer)
+    assert (heard.said, said.said) == (False, True)
     assert tokenizer.decode(before.input_ids) == "hello"
     assert tokenizer.decode(after.input_ids) == "\nfine"
     assert tokenizer.decode(after.input_ids[after.learned]) == "fine"
@@ -471,6 +471,21 @@ def test_reasoning_of_the_last_turn_is_learned_and_of_earlier_ones_refused():
     refused(
         messages("hello", reply, "thanks", "quack"), tokenizer, "changes what message 2 .*reasoning"
     )
+
+
+def test_reasoning_of_earlier_turns_is_left_out_of_a_prompt_and_audio_keeps_its_speaker():
+    tokenizer = chat_tokenizer("qwen3")
+    reply = "<think>\nhow\n</think>\n\nfine"
+    talk = messages(["hello", ("a",)], [reply, ("b",)], "thanks")
+    pieces = render(talk, tokenizer, add_generation_prompt=True)
+    texts = [tokenizer.decode(p.input_ids) for p in pieces if isinstance(p, Text)]
+    assert "how" not in "".join(texts)
+    assert "fine" in "".join(texts)
+    assert [(p.audio, p.said) for p in pieces if not isinstance(p, Text)] == [
+        ("a", False),
+        ("b", True),
+    ]
+    assert not any(p.learned.any() for p in pieces if isinstance(p, Text))
 
 
 def test_template_that_leaves_audio_out_is_refused():

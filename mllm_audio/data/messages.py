@@ -114,7 +114,8 @@ def render(
     text, replies = _write(chat, text_tokenizer, special, add_generation_prompt)
     if continue_final_message:
         text, replies[-1] = text[: replies[-1].end], replace(replies[-1], end_token=MARK)
-    audio = [p.audio for message in messages for p in message.parts if isinstance(p, AudioPart)]
+    parts = [(m.role == "assistant", part) for m in messages for part in m.parts]
+    audio = [AudioPiece(part.audio, said) for said, part in parts if isinstance(part, AudioPart)]
     if text.count(AUDIO) != len(audio):
         raise ValueError(
             f"the chat template writes {text.count(AUDIO)} of {len(audio)} audio parts, expected "
@@ -205,18 +206,21 @@ def _write(
 ) -> tuple[str, list[_Reply]]:
     """Write `chat` with the chat template, and find the assistant's replies in it."""
     turns = [i for i, message in enumerate(chat) if message["role"] == "assistant"]
+    prompts = _apply(tokenizer, [chat[:i] for i in turns], True)
+    if prompt:  # nothing is learned, so templates may rewrite replies: some leave reasoning out
+        text = _apply(tokenizer, [chat], True)[0]
+        starts = [len(before) for before in prompts if text.startswith(before)]
+        return text, [_Reply(start, start, MARK) for start in starts]
     probe = [dict(message) for message in chat]
     for i in turns:  # before white space at its end, which templates may trim
         body = chat[i]["content"].rstrip()
         probe[i]["content"] = body + MARK + chat[i]["content"][len(body) :]
-    text, probed = _apply(tokenizer, [chat, probe], prompt)
+    text, probed = _apply(tokenizer, [chat, probe], False)
     *heads, _ = probed.split(MARK)
     if probed.replace(MARK, "") != text or len(heads) != len(turns):
         raise ValueError(
-            "the chat template does not write each assistant message once and as it is, expected "
-            "that it does; use another template"
+            "the chat template does not write each assistant message once and as it is; use another"
         )
-    prompts = _apply(tokenizer, [chat[:i] for i in turns], True)
     ends = accumulate(len(head) for head in heads)
     return text, [
         _reply(text, before, end, chat[i]["content"], i + 1, special)
@@ -259,8 +263,7 @@ def _apply(tokenizer: PreTrainedTokenizerBase, chats: list[Chat], prompt: bool) 
         )
     except TemplateError as error:
         raise ValueError(
-            f"the chat template refuses these roles in this order ({error}); change them, or use "
-            "another template"
+            f"the chat template refuses these roles in this order ({error}); change them"
         ) from error
     return texts
 
@@ -274,7 +277,7 @@ def _id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
 
 
 def _pieces(
-    ids: Iterable[int], audio: Iterable[Any], end_ids: Iterable[int], mark: int, place: int
+    ids: Iterable[int], audio: Iterable[AudioPiece], end_ids: Iterable[int], mark: int, place: int
 ) -> Iterator[Text | AudioPiece]:
     """Cut token ids at the places of audio, learned from a mark to the id that ends the reply."""
     audio, end_ids = iter(audio), iter(end_ids)
@@ -286,7 +289,7 @@ def _pieces(
             yield Text(torch.tensor(text), torch.tensor(mask))
             text, mask = [], []
         if token == place:
-            yield AudioPiece(next(audio), learned)
+            yield next(audio)
         elif token == mark:
             assert not learned or end_id == mark
             learned = not learned
