@@ -103,7 +103,7 @@ def voice() -> RunConfig:
             ema_decay=0.999,
             optim=OptimConfig(lr=3e-4, schedule="cosine", max_grad_norm=1.0, backbone_lr_share=0.2),
         ),
-        generation=digits().generation,
+        generation=replace(digits().generation, as_request=True),
     )
 
 

@@ -148,6 +148,23 @@ def test_captions_become_requests_that_are_answered_with_sound(base, prepared, t
     assert voice.generate(["a low beep"])[0].waveform.numel()
 
 
+def test_captions_are_generated_from_the_prompt_they_were_trained_behind(base, prepared, tmp_path):
+    """`generate` puts a caption through the chat template, as `ClipConversations` does."""
+    from mllm_audio.data.sources import ClipConversations
+
+    voice, _ = train_added_voice(config(base("gpt2"), num_steps=1), prepared, tmp_path)
+    voice.text_tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant] {% endif %}"
+    )
+    clips = load_split(prepared, "train")
+    row = ClipConversations(clips[:1], voice.text_tokenizer, 128).row(0, torch.Generator())
+    trained = torch.cat([part.input_ids for part in row[:-1] if hasattr(part, "input_ids")])
+    assert torch.equal(voice._prompt(clips[0].captions[0], voice.defaults), trained)
+    bare = replace(voice.defaults, as_request=False)
+    assert not torch.equal(voice._prompt(clips[0].captions[0], bare), trained)
+
+
 def test_merge_writes_a_standalone_checkpoint_with_the_same_sound(
     base, conversations, tmp_path, monkeypatch
 ):

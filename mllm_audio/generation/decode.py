@@ -42,6 +42,7 @@ class GenerationConfig:
     min_seconds: float = 0.16  # never end before
     max_seconds: float | None = None  # always end by; None = the model's longest clip
     end_threshold: float | None = None  # end where its probability exceeds this; None samples it
+    as_request: bool = False  # `generate` puts captions through the chat template, as a user's
 
     def __post_init__(self) -> None:
         """Check ranges and names."""

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mllm_audio.config import from_dict, read_json, to_dict
 from mllm_audio.data.dataset import prompt_ids
-from mllm_audio.data.layout import Audio
+from mllm_audio.data.layout import Audio, Text
 from mllm_audio.data.messages import AudioPart, Message, TextPart, parse_messages, render, to_row
 from mllm_audio.generation.decode import GenerationConfig, decode
 from mllm_audio.generation.hear import hear
@@ -116,7 +116,7 @@ class Voice:
         on_step: Callable[[int], None] | None = None,
     ) -> list[Tensor]:
         """Generate the latents of one batch of captions, each (N, D)."""
-        prompts = [prompt_ids(self.text_tokenizer, caption) for caption in captions]
+        prompts = [self._prompt(caption, config) for caption in captions]
         special = SpecialIds.of(self.text_tokenizer)
         steps = []
         for step in decode(self.model, prompts, special, seeds, config):
@@ -126,6 +126,16 @@ class Voice:
         latents = torch.stack([step.latents for step in steps], dim=1)  # (R, N, D)
         lengths = torch.stack([step.active for step in steps]).sum(dim=0)  # (R,)
         return [row[:length] for row, length in zip(latents, lengths.tolist(), strict=True)]
+
+    def _prompt(self, caption: str, config: GenerationConfig) -> Tensor:
+        """Tokenize a caption, (L,), as it is or as a request that sound answers."""
+        if not config.as_request:
+            return prompt_ids(self.text_tokenizer, caption)
+        if not caption.strip():
+            raise ValueError("found an empty caption, expected a description of the sound to make")
+        request = Message("user", (TextPart(caption),))
+        pieces = render([request], self.text_tokenizer, add_generation_prompt=True)
+        return torch.cat([piece.input_ids for piece in pieces if isinstance(piece, Text)])
 
     def to_clip(self, latents: Tensor, config: GenerationConfig) -> Clip:
         """Decode (N, D) latents to sound, cut to the duration asked for."""
