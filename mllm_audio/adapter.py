@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from mllm_audio.backbone import embedding_scale, is_tied
-from mllm_audio.config import check_range, nearest
+from mllm_audio.config import check_range, nearest, read_json
 
 MODES = ("frozen", "lora", "full")
 
@@ -72,7 +72,10 @@ class SpecialRows(nn.Module):
 
     def fold(self, tensors: dict[str, Tensor], backbone: PreTrainedModel) -> None:
         """Move `special_rows.*` of a state dict into the backbone's tables in it."""
-        names = {id(v): f"backbone.{k}" for k, v in backbone.state_dict(keep_vars=True).items()}
+        entries = reversed(
+            backbone.state_dict(keep_vars=True).items()
+        )  # of a tied table, the first
+        names = {id(v): f"backbone.{k}" for k, v in entries}
         tables = {"input": backbone.get_input_embeddings().weight}
         if self.output is not None:
             tables["output"] = backbone.get_output_embeddings().weight
@@ -118,8 +121,13 @@ def lora_config(config: AdaptConfig, base: str, backbone: PreTrainedModel) -> An
 
 
 def read_lora_config(folder: Path) -> Any:
-    """Read `adapter_config.json`."""
-    return _peft().LoraConfig.from_pretrained(str(folder))
+    """Read what `lora_config` writes from `adapter_config.json`; its other fields are ignored."""
+    values = read_json(folder / "adapter_config.json", "train again, or restore the folder")
+    known = ("r", "lora_alpha", "lora_dropout", "target_modules", "fan_in_fan_out")
+    missing = [key for key in known if key not in values]
+    if missing:
+        raise ValueError(f"{folder / 'adapter_config.json'} has no {missing[0]}; restore it")
+    return _peft().LoraConfig(**{key: values[key] for key in known}, task_type="CAUSAL_LM")
 
 
 def merge_lora(backbone: PreTrainedModel) -> None:

@@ -15,6 +15,7 @@ from mllm_audio.data.conversations import has_conversations, load_clips, load_co
 from mllm_audio.data.dataset import RowSource
 from mllm_audio.data.shards import PreparedClip, ShardIndex, read_index
 from mllm_audio.data.sources import ClipConversations, ConversationSource, TextSource
+from mllm_audio.data.template import end_of_reply
 from mllm_audio.evaluation.perplexity import (
     DRIFT_FILE,
     Perplexity,
@@ -29,7 +30,9 @@ from mllm_audio.presets import RunConfig
 from mllm_audio.pretrained import load_backbone, load_text_tokenizer
 from mllm_audio.run import RUN_FILE, Sources, data_facts, train_voice
 from mllm_audio.tokenizers import load_tokenizer
+from mllm_audio.training.checkpoint import list_checkpoints
 
+WINDOW_TOKENS = 1024  # of held-out text at most: the logits of a window are in memory at once
 REPLAY_TOKENS = 128  # of a block of replayed text: about as long as a conversation
 
 
@@ -75,6 +78,8 @@ def train_added_voice(
     Raises:
         ValueError: if data, base and configuration do not fit, or `out` holds another run.
     """
+    if (out / "config.json").is_file() and not list_checkpoints(out):
+        raise ValueError(f"{out} holds a voice and no training to resume; type another --out")
     texts = None if held_out is None else read_texts(held_out)
     if replay is not None and config.data.replay_share == 0:
         raise ValueError("found a replay file and data.replay_share=0; set it above 0")
@@ -83,7 +88,7 @@ def train_added_voice(
     config = fit_to_data(config, index, list(clips.values()), data)
     voice = build_voice_on(config, index)
     sources = _sources(voice, data, clips, replay)
-    voice = train_voice(config, voice, sources, out, _facts(index, data, replay))
+    voice = train_voice(config, voice, sources, out, _facts(voice, index, data, replay))
     if texts is None:
         return voice, None
     assert config.base is not None
@@ -101,6 +106,12 @@ def _sources(
     tokenizer = voice.text_tokenizer
     limit = voice.model.backbone.config.max_position_embeddings
 
+    if end_of_reply(tokenizer) is None:
+        raise ValueError(
+            "the chat template ends a reply with no special token, so the model could not learn to "
+            "stop; give the text tokenizer an eos_token, or a template that writes one"
+        )
+
     def split(name: str) -> RowSource:
         if has_conversations(data):
             return ConversationSource(load_conversations(data, name), clips, tokenizer, limit)
@@ -113,9 +124,10 @@ def _sources(
     return Sources(train=split("train"), validation=split("validation"), replay=text)
 
 
-def _facts(index: ShardIndex, data: Path, replay: Path | None) -> dict[str, Any]:
-    """Say what is trained on."""
-    facts = data_facts(index)
+def _facts(voice: Voice, index: ShardIndex, data: Path, replay: Path | None) -> dict[str, Any]:
+    """Say what is trained, and on what."""
+    assert voice.model.origin is not None
+    facts = {**data_facts(index), "base_fingerprint": voice.model.origin.fingerprint}
     if has_conversations(data):
         facts["conversations_sha256"] = file_sha256(data / "conversations.jsonl")
     if replay is not None:
@@ -130,7 +142,7 @@ def base_perplexity(base: str, texts: list[str]) -> Perplexity:
         lambda ids: model(ids, use_cache=False).logits,
         load_text_tokenizer(base),
         texts,
-        max_length=model.config.max_position_embeddings,
+        max_length=min(WINDOW_TOKENS, model.config.max_position_embeddings),
         device=model.device,
     )
 
@@ -148,7 +160,7 @@ def voice_perplexity(voice: Voice, texts: list[str]) -> Perplexity:
         logits_of,
         voice.text_tokenizer,
         texts,
-        max_length=model.backbone.config.max_position_embeddings,
+        max_length=min(WINDOW_TOKENS, model.backbone.config.max_position_embeddings),
         device=model.device,
     )
 

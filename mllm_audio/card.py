@@ -23,6 +23,15 @@ from mllm_audio.tokenizers import AudioLDMTokenizer, DCTTokenizer
 
 AUDIO_TOKENIZERS = {kind.name: kind for kind in (AudioLDMTokenizer, DCTTokenizer)}
 STATISTICS = {"audio.latent_mean", "audio.latent_std"}  # tensors that are no parameters
+DESCRIBE = (
+    'clip = voice.generate(["DESCRIPTION OF A SOUND"])[0]',
+    "print(clip.waveform.shape, clip.sample_rate)",
+)
+TALK = (
+    'messages = [{"role": "user", "content": "YOUR REQUEST"}]',
+    "for event in voice.generate_interleaved(messages):  # TextDelta or AudioChunk",
+    "    print(event)",
+)
 TRAINED = {  # what of the base model training changed, by mode
     "frozen": "audio modules, beside a base model that stood still",
     "lora": "audio modules and LoRA layers, beside a base model that stood still",
@@ -231,8 +240,7 @@ def _usage(folder: Path, repo_id: str, base: str | None) -> str:
         "from mllm_audio import Voice",
         "",
         f'voice = Voice.load(snapshot_download("{repo_id}"){argument})',
-        'clip = voice.generate(["DESCRIPTION OF A SOUND"])[0]',
-        "print(clip.waveform.shape, clip.sample_rate)",
+        *(TALK if base is not None else DESCRIBE),
         "```",
     ]
     if not is_adapter(folder):

@@ -242,7 +242,12 @@ class Checkpointed(nn.Module):
         """Load a base model and put the adapter's layers and rows beside it."""
         origin, audio, tensors = folders.read_adapter(folder)
         base = base or origin.base
-        backbone = load_backbone(base, dtype)
+        try:
+            backbone = load_backbone(base, dtype)
+        except ValueError as error:
+            raise ValueError(
+                f"{folder} needs its base model, --base if it moved: {error}"
+            ) from error
         folders.check_base(folder, origin, base, fingerprint(backbone))
         text_tokenizer = load_text_tokenizer(folder)
         resize_vocabulary(backbone, SpecialIds.of(text_tokenizer).all)

@@ -53,6 +53,7 @@ def write_checkpoint(
         audio: the `audio` section of `config.json`.
         tensors: weights under checkpoint names.
     """
+    (folder / ADAPTER_FILE).unlink(missing_ok=True)  # what is loaded is what was saved last
     write_tensors(tensors, folder)
     config = backbone.config.to_dict()
     config |= {"architectures": [ARCHITECTURE], "audio": to_dict(audio)}
@@ -101,6 +102,10 @@ def write_adapter(
     lora_tensors: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write an adapter folder; `lora` is PEFT's configuration of `lora_tensors`."""
+    if (folder / "config.json").is_file():
+        raise ValueError(f"{folder} holds a standalone checkpoint; save the adapter elsewhere")
+    # Gone while its parts change: a kill in between leaves no adapter rather than a mixed one.
+    (folder / ADAPTER_FILE).unlink(missing_ok=True)
     write_tensors(tensors, folder, AUDIO_WEIGHTS)
     if lora is not None:
         write_tensors(lora_tensors or {}, folder, LORA_WEIGHTS)
@@ -138,7 +143,7 @@ def check_base(folder: Path, origin: Origin, base: str, found: str) -> None:
     if found != origin.fingerprint:
         raise ValueError(
             f"{folder} was trained on {origin.base} with fingerprint {origin.fingerprint}, found "
-            f"{base} with {found}: another base model; type --base with the one it was trained on"
+            f"{base} with {found}: another base model; name the one it was trained on with --base"
         )
 
 

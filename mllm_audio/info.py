@@ -25,9 +25,15 @@ def describe(name: str) -> str:
         raise ValueError(
             f"found neither a folder nor a preset {name!r}; presets: {', '.join(PRESETS)}"
         )
+    config = get_preset(name)
+    if config.backbone is None:
+        raise ValueError(
+            f"preset {name!r} is for a trained language model, whose size it takes; type  "
+            "mllm-audio add-voice BASE --out DIR, then  mllm-audio info DIR"
+        )
     vocabulary = len(special_tokenizer())
     origin = f"preset {name}, {vocabulary} text tokens (bytes; a run adds its captions' words)"
-    return table(build_model(get_preset(name), vocabulary), origin)
+    return table(build_model(config, vocabulary), origin)
 
 
 def table(model: AudioLanguageModel, origin: str) -> str:

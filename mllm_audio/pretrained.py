@@ -109,7 +109,9 @@ def check_decoder(backbone: PreTrainedModel, path: str) -> None:
     embeds = backbone.get_input_embeddings()(input_ids)
     changed = torch.cat([embeds[:, :-1], embeds[:, :1]], dim=1)
     hidden = run(backbone, embeds, position_ids)
-    if not torch.equal(hidden[:, :-1], run(backbone, changed, position_ids)[:, :-1]):
+    seen = run(backbone, changed, position_ids)
+    # Not to the last bit: experts group tokens, and round, differently.
+    if not torch.allclose(hidden[:, :-1], seen[:, :-1], rtol=1e-2, atol=1e-3):
         raise ValueError(
             f"{path} ({kind}) attends to future tokens: an encoder; expected a decoder"
         )
@@ -122,16 +124,17 @@ def check_decoder(backbone: PreTrainedModel, path: str) -> None:
 
 
 def resize_vocabulary(backbone: PreTrainedModel, new_ids: Sequence[int]) -> None:
-    """Give `new_ids` rows in the embeddings; all other rows stay as they are.
+    """Give `new_ids` rows in the embeddings; the rows of other ids stay as they are.
 
     A new row is drawn around the mean of the others with their spread, as an ordinary token's,
-    from a seed of its own.
+    from a seed of its own. So are rows that a text tokenizer has ids for and the table has not.
     """
     old = backbone.get_input_embeddings().weight.shape[0]
-    if max(new_ids) >= old:
-        backbone.resize_token_embeddings(max(new_ids) + 1, mean_resizing=False)
+    size = max(old, max(new_ids, default=0) + 1)
+    if size > old:
+        backbone.resize_token_embeddings(size, mean_resizing=False)
     generator = torch.Generator().manual_seed(0)
-    rows = torch.tensor(new_ids)
+    rows = torch.tensor(sorted({*new_ids, *range(old, size)}), dtype=torch.long)
     for layer in (backbone.get_input_embeddings(), backbone.get_output_embeddings()):
         known = layer.weight.data[:old]
         noise = torch.randn(len(rows), known.shape[1], generator=generator).to(known)

@@ -30,10 +30,10 @@ from mllm_audio.training.engine import SingleProcessEngine
 from mllm_audio.training.trainer import train
 
 RUN_FILE = "run.json"
-# A resumed run may be lengthened, watched or sampled differently, or continued past numbers that
+# A resumed run may be lengthened, watched or (`generation.`) sampled differently, or continued past numbers that
 # stopped it; anything else would make it another run.
 MAY_CHANGE = (
-    "generation.",
+    "base",  # may have moved; its fingerprint may not differ
     "train.num_steps",
     "train.max_minutes",
     "train.log_every",
@@ -163,7 +163,9 @@ def claimed(out: Path, config: RunConfig, facts: dict[str, Any]) -> Iterator[Non
             differ = [
                 key
                 for key in sorted(before | now)
-                if before.get(key) != now.get(key) and not key.startswith(MAY_CHANGE)
+                if before.get(key) != now.get(key)
+                and key not in MAY_CHANGE
+                and not key.startswith("generation.")
             ]
             if differ:
                 shown = ", ".join(f"{k} {before.get(k)} -> {now.get(k)}" for k in differ[:3])

@@ -54,10 +54,26 @@ class SpecialIds:
 
 
 def add_special_tokens(text_tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Add `SPECIAL_TOKENS` to a text tokenizer, in place; return their ids in that order."""
+    """Add `SPECIAL_TOKENS` to a text tokenizer, in place; return the ids that are new.
+
+    Raises:
+        ValueError: if the tokenizer knows one of them already: it means something else there.
+    """
+    known = [token for token in SPECIAL_TOKENS if token in text_tokenizer.get_vocab()]
+    if known:
+        raise ValueError(
+            f"the text tokenizer already has {', '.join(known)}, which mllm-audio gives another "
+            "meaning; expected a text-only language model"
+        )
     tokens = [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS]
     text_tokenizer.add_tokens(tokens, special_tokens=True)
     return SpecialIds.of(text_tokenizer).all
+
+
+def adds_bos(text_tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Tell whether the tokenizer begins every text with its start token, as LLaMA's does."""
+    start = text_tokenizer.bos_token_id
+    return start is not None and text_tokenizer("a")["input_ids"][:1] == [start]
 
 
 def train_text_tokenizer(

@@ -37,8 +37,17 @@ def write_tensors(tensors: Mapping[str, Tensor], folder: Path, name: str = WEIGH
                 save_file(whole, Path(beside) / name, metadata={"format": "pt"})
         except (OSError, SafetensorError) as error:
             raise OSError(f"cannot write the model to {folder}: {error}") from error
-        for path in sorted(Path(beside).iterdir()):
+        new = sorted(Path(beside).iterdir())  # an index comes last
+        if len(new) > 1:  # a kill in between leaves no checkpoint rather than a mixed one
+            (folder / f"{name}.index.json").unlink(missing_ok=True)
+        for path in new:
             path.replace(folder / path.name)
+    stem = name.removesuffix(".safetensors")
+    for path in [*folder.glob(f"{stem}-*-of-*.safetensors"), folder / f"{name}.index.json"]:
+        if path.name not in {file.name for file in new}:  # of an earlier, sharded save
+            path.unlink(missing_ok=True)
+    if name not in {file.name for file in new}:
+        (folder / name).unlink(missing_ok=True)
 
 
 def read_tensors(folder: Path, name: str = WEIGHTS_NAME) -> dict[str, Tensor]:
@@ -50,7 +59,8 @@ def read_tensors(folder: Path, name: str = WEIGHTS_NAME) -> dict[str, Tensor]:
     index = folder / f"{name}.index.json"
     files = [name]
     if index.is_file():
-        files = sorted(set(read_json(index, "restore the folder")["weight_map"].values()))
+        listed = read_json(index, "restore the folder")["weight_map"].values()
+        files = sorted({Path(file).name for file in listed})  # of this folder, whatever it says
     tensors: dict[str, Tensor] = {}
     for file in files:
         path = folder / file

@@ -159,6 +159,7 @@ BASES = {
     "phi": ("PhiConfig", {}),
     "cohere": ("CohereConfig", {}),
     "gpt_neox": ("GPTNeoXConfig", {}),
+    "mixtral": ("MixtralConfig", {"num_local_experts": 2}),
 }
 
 

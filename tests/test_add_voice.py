@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import sine_manifest
+from conftest import sine_manifest, write_base
 from test_backbone import assert_same_text, base_logits, some_ids, voice_logits
 from transformers import AutoModelForCausalLM
 
@@ -165,6 +165,43 @@ def test_captions_are_generated_from_the_prompt_they_were_trained_behind(base, p
     assert not torch.equal(voice._prompt(clips[0].captions[0], bare), trained)
 
 
+def test_a_prompt_holds_what_a_template_writes_before_the_reply(base, prepared, tmp_path):
+    """Qwen3's template puts an empty thought before the last answer, in training and so here."""
+    from mllm_audio.data.sources import ClipConversations
+    from mllm_audio.generation.interleaved import _end_ids
+
+    voice, _ = train_added_voice(config(base("gpt2"), num_steps=1), prepared, tmp_path)
+    voice.text_tokenizer.add_tokens(["<|stop|>"], special_tokens=True)
+    voice.text_tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role }}] "
+        "{% if m.role == 'assistant' and loop.last %}thought: none {% endif %}"
+        "{{ m.content }}{% if m.role == 'assistant' %}<|stop|>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant] {% endif %}"
+    )
+    clips = load_split(prepared, "train")
+    row = ClipConversations(clips[:1], voice.text_tokenizer, 128).row(0, torch.Generator())
+    trained = torch.cat([part.input_ids for part in row[:-2]])
+    prompt = voice._prompt(clips[0].captions[0], voice.defaults)
+    assert torch.equal(prompt, trained)
+    assert "thought: none" in voice.text_tokenizer.decode(prompt)
+    stop = voice.text_tokenizer.convert_tokens_to_ids("<|stop|>")
+    assert stop in _end_ids(voice.model, voice.text_tokenizer)  # what training taught it to end by
+
+
+def test_another_base_in_the_same_place_is_another_run(base, conversations, tmp_path):
+    folder = shutil.copytree(base("gpt2"), tmp_path / "base")
+    made = config(folder, num_steps=1)
+    train_added_voice(made, conversations, tmp_path / "run")
+    shutil.rmtree(folder)
+    write_base(folder, "gpt2", seed=3)
+    with pytest.raises(ValueError, match=r"holds another run \(base_fingerprint"):
+        train_added_voice(made, conversations, tmp_path / "run")
+    moved = shutil.copytree(base("gpt2"), tmp_path / "moved")
+    longer = config(moved, num_steps=2)
+    train_added_voice(longer, conversations, tmp_path / "run")
+    assert len(losses(tmp_path / "run")) == 2
+
+
 def test_merge_writes_a_standalone_checkpoint_with_the_same_sound(
     base, conversations, tmp_path, monkeypatch
 ):
@@ -181,6 +218,8 @@ def test_merge_writes_a_standalone_checkpoint_with_the_same_sound(
     assert torch.equal(clips[0], clips[1])
     assert torch.equal(clips[1], clips[2])
     assert not (out / "audio_adapter.json").exists()
+    with pytest.raises(ValueError, match="holds a voice and no training to resume"):
+        train_added_voice(config(base("qwen2"), "lora"), conversations, out)
     with pytest.raises(ValueError, match=r"--out .*merged exists, expected a new or empty folder"):
         merge(run, out)
 
@@ -267,5 +306,8 @@ def test_the_same_from_the_command_line(base, conversations, texts, tmp_path, mo
     code, _, error = run("add-voice", tmp_path / "nothing", "--out", tmp_path / "x")
     assert code == 2
     assert error[0].startswith("error: found no Hugging Face model at")
+    code, _, error = run("info", "voice_digits")
+    assert code == 2
+    assert error[0].startswith("error: preset 'voice_digits' is for a trained language model")
     code, _, error = run("push", tmp_path / "nothing", "me/voice")
     assert code == 2

@@ -105,7 +105,12 @@ def test_only_the_special_tokens_and_audio_modules_are_new(base, name, tmp_path)
 @pytest.mark.parametrize("mode", ["frozen", "full"])
 def test_a_checkpoint_keeps_names_and_logits_for_transformers(base, name, mode, tmp_path):
     model = add_voice(base(name), mode)
+    if mode == "frozen":  # as training does; untrained rows are those of the table already
+        with torch.no_grad():
+            for rows in model.special_rows.parameters():
+                rows.add_(torch.randn_like(rows))
     ids = some_ids()
+    ids[:, ::7] = torch.tensor(SpecialIds.of(model.text_tokenizer).all)
     expected = voice_logits(model, ids)
     model.save_pretrained(tmp_path)
     text = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="sdpa").eval()
@@ -295,7 +300,9 @@ def test_a_bfloat16_backbone_keeps_its_precision_and_float32_audio(base):
 def test_an_adapter_beside_another_base_is_refused(base, tmp_path):
     add_voice(base("gpt2")).save_adapter(tmp_path / "adapter")
     other = write_base(tmp_path / "other", "gpt2", seed=5)
-    with pytest.raises(ValueError, match=r"found .*other with .*: another base model; type --base"):
+    with pytest.raises(
+        ValueError, match=r"found .*other with .*: another base model; name the one"
+    ):
         AudioLanguageModel.from_pretrained(tmp_path / "adapter", base=str(other))
     gone = tmp_path / "gone"
     with pytest.raises(ValueError, match=r"found no Hugging Face model at .*gone"):
@@ -380,6 +387,51 @@ def test_audio_longer_than_the_learned_positions_is_refused(base):
         model(collate([row, row], "ab", special))
 
 
+def test_the_last_save_into_a_folder_is_what_is_loaded(base, tmp_path, monkeypatch):
+    model = add_voice(base("gpt2"), "lora")
+    model.save_adapter(tmp_path / "run")
+    merged = AudioLanguageModel.from_pretrained(tmp_path / "run")
+    with torch.no_grad():
+        merged.audio.null_prompt.fill_(7.0)
+    merged.save_pretrained(tmp_path / "run")
+    loaded = AudioLanguageModel.from_pretrained(tmp_path / "run")
+    assert bool((loaded.audio.null_prompt == 7.0).all())
+    with pytest.raises(ValueError, match="holds a standalone checkpoint; save the adapter else"):
+        model.save_adapter(tmp_path / "run")
+    with pytest.raises(ValueError, match="stands alone, it has no base model; leave --base out"):
+        AudioLanguageModel.from_pretrained(tmp_path / "run", base="elsewhere")
+
+
+def test_a_kill_between_the_parts_of_an_adapter_leaves_none(base, tmp_path, monkeypatch):
+    from mllm_audio import folder
+
+    model = add_voice(base("gpt2"), "lora")
+    model.save_adapter(tmp_path)
+    write = folder.write_tensors
+
+    def killed(tensors, where, name):
+        if name == folder.LORA_WEIGHTS:
+            raise KeyboardInterrupt
+        write(tensors, where, name)
+
+    monkeypatch.setattr(folder, "write_tensors", killed)
+    with pytest.raises(KeyboardInterrupt):
+        model.save_adapter(tmp_path)
+    with pytest.raises(ValueError, match=r"found no config\.json"):
+        AudioLanguageModel.from_pretrained(tmp_path)
+
+
+def test_a_tokenizer_that_knows_a_special_token_is_refused(base, tmp_path):
+    folder = shutil.copytree(base("gpt2"), tmp_path / "base")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<|audio|>"], special_tokens=True)
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(
+        ValueError, match=r"already has <\|audio\|>, which mllm-audio gives another"
+    ):
+        add_voice(folder)
+
+
 def test_a_voice_is_not_given_twice(base, tmp_path):
     add_voice(base("gpt2"), "full").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="already has a voice"):
@@ -391,14 +443,22 @@ def test_sharded_checkpoints_are_read_and_written(base, tmp_path, monkeypatch):
 
     model = add_voice(base("llama"), "full")
     monkeypatch.setattr(weights, "MAX_SHARD_SIZE", "40KB")
+    (tmp_path / "model.safetensors").write_bytes(b"of an earlier save")
     model.save_pretrained(tmp_path)
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    assert not (tmp_path / "model.safetensors").exists()
     loaded = AudioLanguageModel.from_pretrained(tmp_path)
     ids = some_ids()
     assert torch.equal(voice_logits(loaded, ids), voice_logits(model, ids))
     text = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="sdpa").eval()
     with torch.no_grad():
         assert torch.equal(text(ids).logits, voice_logits(model, ids))
+    monkeypatch.undo()
+    model.save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.glob("model*")] == ["model.safetensors"]
+    assert torch.equal(
+        voice_logits(AudioLanguageModel.from_pretrained(tmp_path), ids), voice_logits(model, ids)
+    )
 
 
 def test_context_noise_keeps_the_variance_and_is_off_at_generation(base):

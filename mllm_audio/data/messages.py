@@ -4,25 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from mllm_audio.data.layout import Audio, Row, Text
-from mllm_audio.text import AUDIO, COND, SPECIAL_TOKENS
-
-# For tokenizers without a chat template, base models such as GPT-2: a reply ends with the end of
-# text, every other message with its line.
-PLAIN_TEMPLATE = (
-    "{% for message in messages %}{{ message.content }}"
-    "{{ (message.role == 'assistant' and eos_token) or '\\n' }}{% endfor %}"
-)
-Chat = list[dict[str, str]]  # role and content of each message, as templates take them
-MARK = COND  # splits text where replies begin; no message may hold it, and no row keeps it
+from mllm_audio.data.template import MARK, special_tokens, token_id, write
+from mllm_audio.text import AUDIO
 
 
 @dataclass(frozen=True)
@@ -53,15 +43,6 @@ class AudioPiece:
 
     audio: Any  # what the `AudioPart` refers to
     said: bool  # by the assistant, so that the model learns it
-
-
-@dataclass(frozen=True)
-class _Reply:
-    """Where the assistant speaks in the text of a conversation."""
-
-    start: int  # behind the generation prompt
-    end: int  # of what it says
-    end_token: str  # special token that follows, `MARK` without one
 
 
 def parse_messages(values: Any, where: str) -> tuple[Message, ...]:
@@ -106,12 +87,12 @@ def render(
             f"the last message is of {messages[-1].role!r}, add_generation_prompt is "
             f"{add_generation_prompt}; only an assistant's message without it can be continued"
         )
-    special = _special_tokens(text_tokenizer)
+    special = special_tokens(text_tokenizer)
     chat = [
         {"role": message.role, "content": _content(message, number, special)}
         for number, message in enumerate(messages, 1)
     ]
-    text, replies = _write(chat, text_tokenizer, special, add_generation_prompt)
+    text, replies = write(chat, text_tokenizer, special, add_generation_prompt)
     if continue_final_message:
         text, replies[-1] = text[: replies[-1].end], replace(replies[-1], end_token=MARK)
     parts = [(m.role == "assistant", part) for m in messages for part in m.parts]
@@ -125,8 +106,8 @@ def render(
         said = text[reply.start : reply.end] + MARK * (reply.end_token == MARK)
         text = text[: reply.start] + MARK + said + text[reply.end :]
     ids = text_tokenizer(text, add_special_tokens=False, split_special_tokens=False, verbose=False)
-    end_ids = [_id(text_tokenizer, reply.end_token) for reply in replies]
-    mark, place = _id(text_tokenizer, MARK), _id(text_tokenizer, AUDIO)
+    end_ids = [token_id(text_tokenizer, reply.end_token) for reply in replies]
+    mark, place = token_id(text_tokenizer, MARK), token_id(text_tokenizer, AUDIO)
     return list(_pieces(ids["input_ids"], audio, end_ids, mark, place))
 
 
@@ -178,13 +159,6 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """List the strings that the tokenizer reads as structure, the longest first."""
-    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    tokens = {*SPECIAL_TOKENS, *tokenizer.all_special_tokens, *added}
-    return sorted(filter(None, tokens), key=len, reverse=True)
-
-
 def _content(message: Message, number: int, special: Sequence[str]) -> str:
     """Join a message's parts, `AUDIO` in place of audio, refusing text that reads as structure."""
     who = f"message {number} ({message.role})"
@@ -199,81 +173,6 @@ def _content(message: Message, number: int, special: Sequence[str]) -> str:
     if message.role == "assistant" and not content.strip():
         raise ValueError(f"{who} is empty, expected text or audio; fill it in or remove it")
     return content
-
-
-def _write(
-    chat: Chat, tokenizer: PreTrainedTokenizerBase, special: Sequence[str], prompt: bool
-) -> tuple[str, list[_Reply]]:
-    """Write `chat` with the chat template, and find the assistant's replies in it."""
-    turns = [i for i, message in enumerate(chat) if message["role"] == "assistant"]
-    prompts = _apply(tokenizer, [chat[:i] for i in turns], True)
-    if prompt:  # nothing is learned, so templates may rewrite replies: some leave reasoning out
-        text = _apply(tokenizer, [chat], True)[0]
-        starts = [len(before) for before in prompts if text.startswith(before)]
-        return text, [_Reply(start, start, MARK) for start in starts]
-    probe = [dict(message) for message in chat]
-    for i in turns:  # before white space at its end, which templates may trim
-        body = chat[i]["content"].rstrip()
-        probe[i]["content"] = body + MARK + chat[i]["content"][len(body) :]
-    text, probed = _apply(tokenizer, [chat, probe], False)
-    *heads, _ = probed.split(MARK)
-    if probed.replace(MARK, "") != text or len(heads) != len(turns):
-        raise ValueError(
-            "the chat template does not write each assistant message once and as it is; use another"
-        )
-    ends = accumulate(len(head) for head in heads)
-    return text, [
-        _reply(text, before, end, chat[i]["content"], i + 1, special)
-        for i, before, end in zip(turns, prompts, ends, strict=True)
-    ]
-
-
-def _reply(
-    text: str, prompt: str, end: int, content: str, number: int, special: Sequence[str]
-) -> _Reply:
-    """Check the reply that follows `prompt`, and find the token that ends it in `text`."""
-    if not text.startswith(prompt) or len(prompt) >= end:
-        raise ValueError(
-            f"the chat template rewrites what comes before message {number} (assistant) once it is "
-            "there, expected it to begin with the generation prompt; use another template"
-        )
-    if not text[:end].endswith(content.strip()):
-        raise ValueError(
-            f"the chat template changes what message {number} (assistant) says; take out what it "
-            "changes, such as the reasoning of earlier turns, or use another template"
-        )
-    space = content[len(content.rstrip()) :]
-    if text.startswith(space, end):
-        end += len(space)
-    after = len(text) - len(text[end:].lstrip())
-    followers = (t for t in special if t not in SPECIAL_TOKENS and text.startswith(t, after))
-    return _Reply(len(prompt), end, next(followers, MARK))
-
-
-def _apply(tokenizer: PreTrainedTokenizerBase, chats: list[Chat], prompt: bool) -> list[str]:
-    """Write each of several conversations, with the generation prompt or without."""
-    if not chats:
-        return []
-    try:
-        texts: list[str] = tokenizer.apply_chat_template(
-            chats,
-            chat_template=None if tokenizer.chat_template else PLAIN_TEMPLATE,
-            add_generation_prompt=prompt,
-            tokenize=False,
-        )
-    except TemplateError as error:
-        raise ValueError(
-            f"the chat template refuses these roles in this order ({error}); change them"
-        ) from error
-    return texts
-
-
-def _id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
-    """Look up a special token."""
-    found = tokenizer.convert_tokens_to_ids(token)
-    if found is None or tokenizer.convert_ids_to_tokens(found) != token:
-        raise ValueError(f"the text tokenizer lacks {token}; was it saved by mllm-audio?")
-    return int(found)
 
 
 def _pieces(

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mllm_audio.config import from_dict, read_json, to_dict
 from mllm_audio.files import write_atomic
+from mllm_audio.text import adds_bos
 
 DRIFT_FILE = "text_drift.json"  # in a run folder
 
@@ -84,9 +85,9 @@ def perplexity(
 ) -> Perplexity:
     """Measure the perplexity of a causal language model on texts, over its full vocabulary.
 
-    Each text is cut into windows of `max_length` tokens that do not overlap. The first token of a
-    window is context only, so that the model needs no start token; a last window of one token is
-    left out. Special tokens are neither added nor recognised in the texts.
+    Each text is cut into windows of `max_length` tokens that do not overlap, each behind the start
+    token where the tokenizer writes one. The first token of a window is context only; a last
+    window of one token is left out. Special tokens are not recognised in the texts.
 
     Args:
         logits_of: (1, T) int64 ids on `device` to (1, T, V) logits, e.g.
@@ -101,6 +102,8 @@ def perplexity(
     """
     if max_length < 2:
         raise ValueError(f"max_length is {max_length}, expected at least 2: one token is context")
+    bos = [text_tokenizer.bos_token_id] if adds_bos(text_tokenizer) else []
+    start = torch.tensor(bos, dtype=torch.long, device=device)
     total, num_tokens, num_texts = 0.0, 0, 0
     for text in texts:
         num_texts += 1
@@ -108,7 +111,10 @@ def perplexity(
         ids = text_tokenizer(
             text, add_special_tokens=False, split_special_tokens=True, verbose=False
         )["input_ids"]
-        for window in torch.tensor(ids, dtype=torch.long, device=device).split(max_length):
+        for block in torch.tensor(ids, dtype=torch.long, device=device).split(
+            max_length - len(start)
+        ):
+            window = torch.cat([start, block])
             if len(window) < 2:
                 continue
             logits = logits_of(window[None])[0, :-1].float()  # (T - 1, V)

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from mllm_audio.data.dataset import seeded
 from mllm_audio.data.layout import Audio, Row, Text, collate
 from mllm_audio.data.messages import AudioPart, TextPart
+from mllm_audio.data.template import end_of_reply
 from mllm_audio.generation.decode import GenerationConfig, audio_span, token_limits
 from mllm_audio.generation.rows import Rows
 from mllm_audio.generation.text import TextConfig, TextSampler, TextStream
@@ -206,7 +207,8 @@ class Reply:
 
 
 def _end_ids(model: AudioLanguageModel, text_tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Collect the ids that end a reply: of the backbone's generation settings and the tokenizer."""
+    """Collect the ids that end a reply: of the chat template, the backbone and the tokenizer."""
     settings = getattr(model.backbone.generation_config, "eos_token_id", None)
     listed = settings if isinstance(settings, list) else [settings]
-    return {token for token in [*listed, text_tokenizer.eos_token_id] if token is not None}
+    ends = [*listed, text_tokenizer.eos_token_id, end_of_reply(text_tokenizer)]
+    return {token for token in ends if token is not None}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -133,9 +134,11 @@ class Voice:
             return prompt_ids(self.text_tokenizer, caption)
         if not caption.strip():
             raise ValueError("found an empty caption, expected a description of the sound to make")
-        request = Message("user", (TextPart(caption),))
-        pieces = render([request], self.text_tokenizer, add_generation_prompt=True)
-        return torch.cat([piece.input_ids for piece in pieces if isinstance(piece, Text)])
+        # As in training, the answer there: templates may write something between prompt and reply.
+        request, answer = Message("user", (TextPart(caption),)), AudioPart(None)
+        pieces = render([request, Message("assistant", (answer,))], self.text_tokenizer)
+        before = itertools.takewhile(lambda piece: isinstance(piece, Text), pieces)
+        return torch.cat([piece.input_ids for piece in before if isinstance(piece, Text)])
 
     def to_clip(self, latents: Tensor, config: GenerationConfig) -> Clip:
         """Decode (N, D) latents to sound, cut to the duration asked for."""

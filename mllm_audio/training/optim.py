@@ -22,7 +22,7 @@ class OptimConfig:
     final_lr_share: float = 0.05  # of `lr`, reached by cosine at the end
     warmup_steps: int = 100  # linear from 0
     betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.02  # not on 1-D tensors, embeddings, nor the head
+    weight_decay: float = 0.02  # not on 1-D tensors, audio positions, special rows, nor the head
     max_grad_norm: float = 3.0  # gradients are scaled down to this global norm
     backbone_lr_share: float = 1.0  # of `lr`, for the backbone and its LoRA layers
 
