@@ -99,7 +99,14 @@ def add_lora(backbone: PreTrainedModel, lora: Any) -> None:
     Raises:
         ValueError: if peft is not installed, or the backbone has no layer of those names.
     """
-    _peft().inject_adapter_in_model(lora, backbone)
+    try:
+        _peft().inject_adapter_in_model(lora, backbone)
+    except ValueError as error:
+        layers = {n.rpartition(".")[2] for n, m in backbone.named_modules() if hasattr(m, "weight")}
+        raise ValueError(
+            f"adapt.lora_targets={lora.target_modules} names no linear layer; found "
+            f"{', '.join(sorted(layers))}"
+        ) from error
     for name, parameter in backbone.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.float()

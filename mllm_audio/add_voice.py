@@ -81,6 +81,8 @@ def train_added_voice(
     if (out / "config.json").is_file() and not list_checkpoints(out):
         raise ValueError(f"{out} holds a voice and no training to resume; type another --out")
     texts = None if held_out is None else read_texts(held_out)
+    if held_out is not None and not "".join(texts or []).strip():
+        raise ValueError(f"found no text in {held_out}; expected some sentences")
     if replay is not None and config.data.replay_share == 0:
         raise ValueError("found a replay file and data.replay_share=0; set it above 0")
     index = read_index(data)
@@ -90,6 +92,7 @@ def train_added_voice(
     sources = _sources(voice, data, clips, replay)
     voice = train_voice(config, voice, sources, out, _facts(voice, index, data, replay))
     if texts is None:
+        (out / DRIFT_FILE).unlink(missing_ok=True)  # of earlier weights
         return voice, None
     assert config.base is not None
     drift = TextDrift(

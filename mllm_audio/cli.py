@@ -19,6 +19,7 @@ import click
 
 PATH = click.Path(path_type=Path)
 COUNT = click.IntRange(min=1)
+BASE = click.option("--base", help="Where an adapter's base model is now, if it moved.")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -148,7 +149,10 @@ def add_voice(
     from mllm_audio.config import override
     from mllm_audio.presets import get_preset
 
-    config = override(voice_config(get_preset(preset), base, lora=lora, full=full), overrides)
+    made = voice_config(get_preset(preset), base, lora=lora, full=full)
+    config = override(made, overrides)
+    if (config.base, config.backbone) != (made.base, made.backbone):
+        raise ValueError("found base= or backbone= among the settings; the model is BASE alone")
     if data is None:
         if replay or held_out_text:
             raise ValueError("found --replay or --held-out-text without --data; type --data DIR")
@@ -166,7 +170,7 @@ def add_voice(
 @cli.command()
 @click.argument("run", type=PATH)
 @click.option("--out", type=PATH, required=True, help="New folder.")
-@click.option("--base", help="Where the base model is now, if it moved.")
+@BASE
 def merge(run: Path, out: Path, base: str | None) -> None:
     """Merge the adapter in RUN into its base model: a standalone checkpoint in OUT."""
     from mllm_audio.add_voice import merge as write_merged
@@ -190,17 +194,10 @@ def merge(run: Path, out: Path, base: str | None) -> None:
 @click.option("--guidance-weight", type=float, help="The paper's w = s - 1: 0 is no guidance.")
 @click.option("--temperature", type=float, help="Scales the sampling noise.")
 @click.option("--sampler", help="ddpm, euler or midpoint; the head's own by default.")
-@click.option(
-    "--seed",
-    type=int,
-    default=0,
-    show_default=True,
-    help="Of the first caption; the next has seed + 1.",
-)
+@click.option("--seed", type=int, default=0, help="Of the first caption; the next has seed + 1.")
 @click.option("--batch-size", type=COUNT, default=32, show_default=True)
-def generate(
-    run: Path, captions: tuple[str, ...], out: Path, seed: int, batch_size: int, **options: Any
-) -> None:
+@BASE
+def generate(run: Path, captions: tuple[str, ...], out: Path, **options: Any) -> None:
     """Generate one sound per CAPTION with the model in RUN."""
     from mllm_audio.generation.voice import Voice
     from mllm_audio.generation.write import generate_to_files, output_paths, write_captions
@@ -210,7 +207,8 @@ def generate(
         raise ValueError(
             "found both --guidance-scale and --guidance-weight, expected one: s = 1 + w"
         )
-    voice = Voice.load(run)
+    seed, batch_size = options.pop("seed"), options.pop("batch_size")
+    voice = Voice.load(run, options.pop("base"))
     given = {key: value for key, value in options.items() if value is not None}
     if "guidance_scale" in given:
         given["guidance_weight"] = None
@@ -242,7 +240,7 @@ def push(run: Path, repo_id: str, private: bool, revision: str | None) -> None:
     show_default=True,
     help="Folder for the sounds; nothing in it is overwritten.",
 )
-@click.option("--base", help="Where an adapter's base model is now, if it moved.")
+@BASE
 @click.option("--system", help="A message from the system, before yours.")
 @click.option("--temperature", type=float, help="Of the text: 0 takes the likeliest, 1 samples.")
 @click.option("--top-p", type=float, help="Sample text within this total probability.")
@@ -262,11 +260,12 @@ def chat(run: Path, out: Path, **options: Any) -> None:
 
 @cli.command()
 @click.argument("name", metavar="RUN|PRESET")
-def info(name: str) -> None:
+@BASE
+def info(name: str, base: str | None) -> None:
     """Print the components of a run folder or preset and their parameter counts."""
     from mllm_audio.info import describe
 
-    click.echo(describe(name))
+    click.echo(describe(name, base))
 
 
 def main() -> None:

@@ -72,7 +72,7 @@ def read_audio_config(folder: Path) -> AudioConfig:
     if not path.is_file():
         begun = (folder / "run.json").is_file()
         expected = (
-            "its training has not saved yet; wait for train.save_every steps"
+            "its training has not saved yet; wait for it, or type its command again"
             if begun
             else "expected a folder that `mllm-audio train` or `add-voice` wrote"
         )

@@ -10,7 +10,7 @@ from mllm_audio.model import AudioLanguageModel
 from mllm_audio.presets import PRESETS, get_preset
 
 
-def describe(name: str) -> str:
+def describe(name: str, base: str | None = None) -> str:
     """Describe a run folder or a preset: components, parameter counts, what it makes.
 
     Raises:
@@ -18,7 +18,7 @@ def describe(name: str) -> str:
     """
     folder = Path(name)
     if folder.is_dir():
-        voice = Voice.load(folder)
+        voice = Voice.load(folder, base)
         origin = f"run {folder}, {len(voice.text_tokenizer)} text tokens"
         return table(voice.model, origin)
     if name not in PRESETS:

@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -39,7 +40,9 @@ def load_backbone(path: str, dtype: torch.dtype = torch.float32) -> PreTrainedMo
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"cannot load {path}: {first_line(error)}") from error
+        raise ValueError(
+            f"cannot load {path}: {first_line(error)}; copy or download it again"
+        ) from error
     missing = sorted(report["missing_keys"])
     if missing:
         raise ValueError(
@@ -54,6 +57,10 @@ def load_backbone(path: str, dtype: torch.dtype = torch.float32) -> PreTrainedMo
 
 def _load_config(path: str) -> PretrainedConfig:
     """Read the configuration, refusing what is no decoder before its weights are read."""
+    if (Path(path) / "audio_adapter.json").is_file():
+        raise ValueError(f"{path} is a voice already; expected a text-only language model")
+    if not Path(path).is_dir() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+        raise ValueError(f"found no folder {path}; expected one with config.json and weights")
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -66,6 +73,8 @@ def _load_config(path: str) -> PretrainedConfig:
     kind = config.model_type
     if config.is_encoder_decoder:
         raise ValueError(f"{path} is an encoder-decoder ({kind}); expected a decoder such as GPT-2")
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
+        raise ValueError(f"{path} is an encoder ({kind}); expected a decoder such as GPT-2")
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(f"{path} ({kind}) is not a causal language model; expected a decoder")
     for name in ("hidden_size", "max_position_embeddings"):
@@ -84,7 +93,10 @@ def load_text_tokenizer(path: Path | str) -> PreTrainedTokenizerBase:
         ValueError: if there is none.
     """
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        text_tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        if not text_tokenizer("a", add_special_tokens=False)["input_ids"]:
+            raise ValueError("an empty one")  # made up of the model's type alone
+        return text_tokenizer
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"found no text tokenizer at {path} ({first_line(error)}); expected tokenizer.json, "

@@ -30,8 +30,8 @@ from mllm_audio.training.engine import SingleProcessEngine
 from mllm_audio.training.trainer import train
 
 RUN_FILE = "run.json"
-# A resumed run may be lengthened, watched or (`generation.`) sampled differently, or continued past numbers that
-# stopped it; anything else would make it another run.
+# A resumed run may be lengthened, watched or (`generation.`) sampled differently, or continued past
+# numbers that stopped it; anything else would make it another run.
 MAY_CHANGE = (
     "base",  # may have moved; its fingerprint may not differ
     "train.num_steps",

@@ -209,7 +209,7 @@ def test_merge_writes_a_standalone_checkpoint_with_the_same_sound(
     run, out = tmp_path / "run", tmp_path / "merged"
     voice, _ = train_added_voice(config(moved, "lora"), conversations, run)
     shutil.move(moved, tmp_path / "elsewhere")
-    with pytest.raises(ValueError, match="found no Hugging Face model at"):
+    with pytest.raises(ValueError, match="needs its base model, --base if it moved"):
         Voice.load(run)
     merged = merge(run, out, str(tmp_path / "elsewhere"))
     alone = Voice.load(out)
@@ -305,7 +305,15 @@ def test_the_same_from_the_command_line(base, conversations, texts, tmp_path, mo
     assert error == ["error: found --replay or --held-out-text without --data; type --data DIR"]
     code, _, error = run("add-voice", tmp_path / "nothing", "--out", tmp_path / "x")
     assert code == 2
-    assert error[0].startswith("error: found no Hugging Face model at")
+    assert error[0].startswith("error: found no folder")
+    code, _, error = run(*add, tmp_path / "x", "base=other")
+    assert code == 2
+    assert error == ["error: found base= or backbone= among the settings; the model is BASE alone"]
+    (tmp_path / "empty.txt").touch()
+    empty = ["--data", conversations, "--held-out-text", tmp_path / "empty.txt"]
+    code, _, error = run(*add, tmp_path / "x", *empty, *small)
+    assert code == 2
+    assert not (tmp_path / "x").exists()
     code, _, error = run("info", "voice_digits")
     assert code == 2
     assert error[0].startswith("error: preset 'voice_digits' is for a trained language model")

@@ -286,6 +286,26 @@ def test_peft_reads_the_lora_layers_of_an_adapter(base, tmp_path):
         torch.testing.assert_close(logits, voiced, rtol=1e-4, atol=1e-4)
 
 
+def test_lora_targets_that_name_nothing_are_refused_with_the_names_there_are(base):
+    adapt = AdaptConfig(mode="lora", lora_targets=("nope",))
+    with pytest.raises(ValueError, match=r"adapt.lora_targets=.*nope.* found .*q_proj"):
+        AudioLanguageModel.from_backbone(base("llama"), AUDIO, adapt)
+
+
+def test_a_causality_check_catches_a_decoder_that_sees_the_future(base, monkeypatch):
+    from mllm_audio import pretrained
+
+    model = AutoModelForCausalLM.from_pretrained(base("llama"), attn_implementation="sdpa").eval()
+    run = backbones.run
+
+    def blurred(backbone, embeds, positions):
+        return run(backbone, embeds + embeds.mean(dim=1, keepdim=True), positions)
+
+    monkeypatch.setattr(pretrained, "run", blurred)
+    with pytest.raises(ValueError, match="attends to future tokens: an encoder"):
+        pretrained.check_decoder(model, "x")
+
+
 def test_a_bfloat16_backbone_keeps_its_precision_and_float32_audio(base):
     model = AudioLanguageModel.from_backbone(
         base("llama"), AUDIO, AdaptConfig(mode="lora", lora_rank=2), dtype=torch.bfloat16
@@ -305,7 +325,7 @@ def test_an_adapter_beside_another_base_is_refused(base, tmp_path):
     ):
         AudioLanguageModel.from_pretrained(tmp_path / "adapter", base=str(other))
     gone = tmp_path / "gone"
-    with pytest.raises(ValueError, match=r"found no Hugging Face model at .*gone"):
+    with pytest.raises(ValueError, match=r"needs its base model, --base if it moved: found no fol"):
         AudioLanguageModel.from_pretrained(tmp_path / "adapter", base=str(gone))
 
 
@@ -316,7 +336,15 @@ def test_damaged_bases_and_adapters_are_refused_in_one_line(base, tmp_path):
         add_voice(folder)
     assert "\n" not in str(error.value)
     (tmp_path / "tokenizer.json").rename(folder / "tokenizer.json")
+    (folder / "tokenizer_config.json").rename(tmp_path / "kept.json")
+    (folder / "tokenizer.json").rename(tmp_path / "tokenizer.json")
+    with pytest.raises(ValueError, match="found no text tokenizer at"):  # an empty one is made up
+        add_voice(folder)
+    (tmp_path / "kept.json").rename(folder / "tokenizer_config.json")
+    (tmp_path / "tokenizer.json").rename(folder / "tokenizer.json")
     add_voice(folder).save_adapter(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="is a voice already"):
+        add_voice(tmp_path / "adapter")
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
     with pytest.raises(ValueError, match=r"cannot load .*base: ") as error:
@@ -353,7 +381,7 @@ def test_a_checkpoint_with_missing_weights_is_refused(base, tmp_path):
         (
             "BertConfig",
             {"num_attention_heads": 4},
-            r"\(bert\) attends to future tokens: an encoder",
+            r"is an encoder \(bert\)",
         ),
         ("T5Config", {"d_model": 32, "num_heads": 4}, r"is an encoder-decoder \(t5\)"),
         ("BloomConfig", {"n_head": 4}, r"\(bloom\) has no max_position_embeddings"),

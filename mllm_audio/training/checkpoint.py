@@ -70,5 +70,6 @@ def load_checkpoint(checkpoint: Path) -> tuple[dict[str, Tensor], dict[str, Any]
         return load_file(checkpoint / TENSORS), json.loads((checkpoint / STATE).read_text())
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(
-            f"checkpoint {checkpoint} cannot be read ({error}); delete it to resume the one before"
+            f"checkpoint {checkpoint} cannot be read ({error}); delete it to resume the one "
+            "before, or to begin again"
         ) from error
