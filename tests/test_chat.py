@@ -252,8 +252,14 @@ def test_in_a_terminal_ctrl_c_stops_a_reply_and_ctrl_d_ends_the_chat(folder, tmp
     keyboard, terminal = pty.openpty()
     process = subprocess.Popen(
         command(folder, "--out", tmp_path / "out"),
-        stdin=terminal, stdout=terminal, stderr=terminal, env=ENVIRONMENT, cwd=tmp_path,
-    )  # fmt: skip
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        env=ENVIRONMENT,
+        cwd=tmp_path,
+        # A test run in the background of a shell inherits an ignored SIGINT.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     printed = b""
 
     def wait_for(text, seconds=120.0):
