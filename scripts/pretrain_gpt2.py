@@ -6,9 +6,9 @@ DIR becomes an ordinary Hugging Face checkpoint with a chat template, beside DIR
 (documents it never saw), DIR/replay.jsonl (a sample of what it saw) and DIR/figures.json. It stands
 for any existing language model. Asked "say seven", it answers "Sure: that was seven."
 
-1,023 steps (`--minutes 7`, seed 0, two cores of an AMD EPYC with AVX512-BF16, Python 3.11) gave a
-held-out perplexity of 59.4 and exact answers for all ten digits and 80 of 100 held-out words. The
-default is half as many steps again: about 10 minutes there, and much slower without bfloat16.
+1,500 steps (the default, seed 0) took 8.8 minutes on two cores of an AMD EPYC with AVX-512 BF16,
+Python 3.11, and gave a held-out perplexity of 48.8 and exact answers for all ten digits and 80 of
+100 held-out words. It is much slower without bfloat16.
 The corpus, and so the model, depends on the version of Python.
 
 Legend: B batch, T tokens of a row.
