@@ -142,7 +142,7 @@ def base_perplexity(base: str, texts: list[str]) -> Perplexity:
     """Measure a text-only model as transformers runs it."""
     model = load_backbone(base).to(default_device())
     return perplexity(
-        lambda ids: model(ids, use_cache=False).logits,
+        lambda ids: model(ids, attention_mask=torch.ones_like(ids), use_cache=False).logits,
         load_text_tokenizer(base),
         texts,
         max_length=min(WINDOW_TOKENS, model.config.max_position_embeddings),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 
 from mllm_audio.backbone import run, text_logits
 
@@ -31,14 +33,15 @@ def load_backbone(path: str, dtype: torch.dtype = torch.float32) -> PreTrainedMo
     """
     config = _load_config(path)
     try:
-        backbone, report = AutoModelForCausalLM.from_pretrained(
-            path,
-            config=config,
-            dtype=dtype,
-            attn_implementation="sdpa",
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
+        with _quiet(is_local=Path(path).is_dir()):
+            backbone, report = AutoModelForCausalLM.from_pretrained(
+                path,
+                config=config,
+                dtype=dtype,
+                attn_implementation="sdpa",
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(
             f"cannot load {path}: {first_line(error)}; copy or download it again"
@@ -53,6 +56,21 @@ def load_backbone(path: str, dtype: torch.dtype = torch.float32) -> PreTrainedMo
     check_decoder(backbone, path)
     loaded: PreTrainedModel = backbone
     return loaded
+
+
+@contextmanager
+def _quiet(is_local: bool) -> Iterator[None]:
+    """Keep transformers' tables of weights off the terminal, and its bars unless it downloads."""
+    level, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    if is_local:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if has_bars:
+            logging.enable_progress_bar()
 
 
 def _load_config(path: str) -> PretrainedConfig:
@@ -127,7 +145,8 @@ def check_decoder(backbone: PreTrainedModel, path: str) -> None:
         raise ValueError(
             f"{path} ({kind}) attends to future tokens: an encoder; expected a decoder"
         )
-    expected = backbone(input_ids, use_cache=False).logits
+    mask = torch.ones_like(input_ids)  # without one transformers warns of padding
+    expected = backbone(input_ids, attention_mask=mask, use_cache=False).logits
     if not torch.allclose(text_logits(backbone, hidden), expected, rtol=1e-2, atol=1e-3):
         raise ValueError(
             f"{path} ({kind}) computes its logits in a way that is not supported; expected GPT-2, "

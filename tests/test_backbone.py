@@ -364,15 +364,17 @@ def test_damaged_bases_and_adapters_are_refused_in_one_line(base, tmp_path):
         AudioLanguageModel.from_pretrained(tmp_path / "adapter", base=str(base("gpt2")))
 
 
-def test_a_checkpoint_with_missing_weights_is_refused(base, tmp_path):
+def test_a_checkpoint_with_missing_weights_is_refused(base, tmp_path, capsys):
     from safetensors.torch import load_file, save_file
 
     folder = shutil.copytree(base("llama"), tmp_path / "base")
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    capsys.readouterr()
     with pytest.raises(ValueError, match=r"lacks 1 weights of a llama .*layers\.1\.mlp\.up_proj"):
         add_voice(folder)
+    assert capsys.readouterr().err == ""  # the message is all there is
 
 
 @pytest.mark.parametrize(
