@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mllm_audio.backbone import embedding_scale, is_tied
 from mllm_audio.config import check_range, nearest, read_json
+from mllm_audio.weights import LORA_FILE
 
 MODES = ("frozen", "lora", "full")
 
@@ -72,9 +73,8 @@ class SpecialRows(nn.Module):
 
     def fold(self, tensors: dict[str, Tensor], backbone: PreTrainedModel) -> None:
         """Move `special_rows.*` of a state dict into the backbone's tables in it."""
-        entries = reversed(
-            backbone.state_dict(keep_vars=True).items()
-        )  # of a tied table, the first
+        # Reversed: of a tied table the first name stays, the one that is saved.
+        entries = reversed(backbone.state_dict(keep_vars=True).items())
         names = {id(v): f"backbone.{k}" for k, v in entries}
         tables = {"input": backbone.get_input_embeddings().weight}
         if self.output is not None:
@@ -99,8 +99,9 @@ def add_lora(backbone: PreTrainedModel, lora: Any) -> None:
     Raises:
         ValueError: if peft is not installed, or the backbone has no layer of those names.
     """
+    peft = _peft()
     try:
-        _peft().inject_adapter_in_model(lora, backbone)
+        peft.inject_adapter_in_model(lora, backbone)
     except ValueError as error:
         layers = {n.rpartition(".")[2] for n, m in backbone.named_modules() if hasattr(m, "weight")}
         raise ValueError(
@@ -129,11 +130,12 @@ def lora_config(config: AdaptConfig, base: str, backbone: PreTrainedModel) -> An
 
 def read_lora_config(folder: Path) -> Any:
     """Read what `lora_config` writes from `adapter_config.json`; its other fields are ignored."""
-    values = read_json(folder / "adapter_config.json", "train again, or restore the folder")
+    path = folder / LORA_FILE
+    values = read_json(path, "train again, or restore the folder")
     known = ("r", "lora_alpha", "lora_dropout", "target_modules", "fan_in_fan_out")
     missing = [key for key in known if key not in values]
     if missing:
-        raise ValueError(f"{folder / 'adapter_config.json'} has no {missing[0]}; restore it")
+        raise ValueError(f"{path} has no {missing[0]}; restore it")
     return _peft().LoraConfig(**{key: values[key] for key in known}, task_type="CAUSAL_LM")
 
 

@@ -10,8 +10,13 @@ from typing import Any
 import torch
 
 from mllm_audio import backbone as backbones
-from mllm_audio.build import build_voice_on, fit_to_data
-from mllm_audio.data.conversations import has_conversations, load_clips, load_conversations
+from mllm_audio.build import build_voice_on, fit_to_data, seed_weights
+from mllm_audio.data.conversations import (
+    CONVERSATIONS,
+    has_conversations,
+    load_clips,
+    load_conversations,
+)
 from mllm_audio.data.dataset import RowSource
 from mllm_audio.data.shards import PreparedClip, ShardIndex, read_index
 from mllm_audio.data.sources import ClipConversations, ConversationSource, TextSource
@@ -42,10 +47,9 @@ def add_voice(config: RunConfig, out: Path) -> Voice:
     Raises:
         ValueError: if `out` holds something else, or the base is no decoder.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--out {out} exists, expected a new or empty folder; type another")
+    _check_empty(out)
     assert config.base is not None
-    torch.manual_seed(config.train.seed)
+    seed_weights(config)
     audio_tokenizer = load_tokenizer(config.audio.tokenizer)
     model = AudioLanguageModel.from_backbone(config.base, config.audio, config.adapt)
     assert model.text_tokenizer is not None
@@ -132,7 +136,7 @@ def _facts(voice: Voice, index: ShardIndex, data: Path, replay: Path | None) -> 
     assert voice.model.origin is not None
     facts = {**data_facts(index), "base_fingerprint": voice.model.origin.fingerprint}
     if has_conversations(data):
-        facts["conversations_sha256"] = file_sha256(data / "conversations.jsonl")
+        facts["conversations_sha256"] = file_sha256(data / CONVERSATIONS)
     if replay is not None:
         facts["replay_sha256"] = file_sha256(replay)
     return facts
@@ -174,14 +178,19 @@ def merge(run: Path, out: Path, base: str | None = None) -> Voice:
     Raises:
         ValueError: if `out` is not empty, or `run` holds no voice.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--out {out} exists, expected a new or empty folder; type another")
+    _check_empty(out)
     voice = Voice.load(run, base)
     voice.save(out)
     for name in (RUN_FILE, DRIFT_FILE):  # what its model card tells
         if (run / name).is_file():
             shutil.copyfile(run / name, out / name)
     return voice
+
+
+def _check_empty(out: Path) -> None:
+    """Refuse to write over anything."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out {out} exists, expected a new or empty folder; type another")
 
 
 def voice_config(

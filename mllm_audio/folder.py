@@ -20,13 +20,11 @@ from transformers import GenerationConfig, PreTrainedModel
 from mllm_audio.config import from_dict, read_json, to_dict
 from mllm_audio.files import write_atomic
 from mllm_audio.modality import AudioConfig
-from mllm_audio.weights import read_tensors, write_tensors
+from mllm_audio.weights import ADAPTER_FILE, LORA_WEIGHTS, read_tensors, write_tensors
 
 ARCHITECTURE = "AudioLanguageModel"
 PREFIX = "audio."  # of every tensor of a checkpoint that is not the backbone's
-ADAPTER_FILE = "audio_adapter.json"
 AUDIO_WEIGHTS = "audio.safetensors"
-LORA_FILE, LORA_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
 GENERATION_FILE = "generation_config.json"  # transformers' name
 
 
@@ -53,13 +51,14 @@ def write_checkpoint(
         audio: the `audio` section of `config.json`.
         tensors: weights under checkpoint names.
     """
-    (folder / ADAPTER_FILE).unlink(missing_ok=True)  # what is loaded is what was saved last
     write_tensors(tensors, folder)
     config = backbone.config.to_dict()
     config |= {"architectures": [ARCHITECTURE], "audio": to_dict(audio)}
     _write_json(folder / "config.json", config)
     if backbone.generation_config is not None:
         _write_json(folder / GENERATION_FILE, backbone.generation_config.to_dict())
+    # Last: what is loaded is what was saved last, and a kill before leaves the adapter whole.
+    (folder / ADAPTER_FILE).unlink(missing_ok=True)
 
 
 def read_audio_config(folder: Path) -> AudioConfig:

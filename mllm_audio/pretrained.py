@@ -22,6 +22,7 @@ from transformers import (
 from transformers.utils import logging
 
 from mllm_audio.backbone import run, text_logits
+from mllm_audio.weights import ADAPTER_FILE
 
 
 def load_backbone(path: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -75,7 +76,7 @@ def _quiet(is_local: bool) -> Iterator[None]:
 
 def _load_config(path: str) -> PretrainedConfig:
     """Read the configuration, refusing what is no decoder before its weights are read."""
-    if (Path(path) / "audio_adapter.json").is_file():
+    if (Path(path) / ADAPTER_FILE).is_file():
         raise ValueError(f"{path} is a voice already; expected a text-only language model")
     if not Path(path).is_dir() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
         raise ValueError(f"found no folder {path}; expected one with config.json and weights")

@@ -17,12 +17,15 @@ from mllm_audio.config import read_json
 
 MAX_SHARD_SIZE = "5GB"  # of one safetensors file
 WEIGHTS_NAME = "model.safetensors"
+ADAPTER_FILE = "audio_adapter.json"  # makes a folder an adapter, see `folder.py`
+LORA_FILE, LORA_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
 
 
 def write_tensors(tensors: Mapping[str, Tensor], folder: Path, name: str = WEIGHTS_NAME) -> None:
     """Write `folder/name`, as shards with an index where it is `WEIGHTS_NAME` and large.
 
-    Written beside and moved over: a reader, or a kill, finds the old weights or the new.
+    Written beside and moved over: a reader, or a kill, finds the old weights or the new; where
+    there are several shards, perhaps neither, but never a mixture.
 
     Raises:
         OSError: if the folder cannot be written.

@@ -31,7 +31,7 @@ from mllm_audio.data.messages import (
 from mllm_audio.data.shards import PreparedClip, load_split, read_index
 from mllm_audio.files import encode_lines
 
-FILE = "conversations.jsonl"  # in a prepared folder
+CONVERSATIONS = "conversations.jsonl"  # in a prepared folder
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def plan_conversations(path: Path, validation_share: float) -> tuple[list[Manife
     in any train row.
 
     Returns:
-        A row for each sound file, in order, and the bytes of `FILE`.
+        A row for each sound file, in order, and the bytes of `CONVERSATIONS`.
 
     Raises:
         ValueError: naming file and line, if a row is broken or no conversation, or if there is no
@@ -114,7 +114,7 @@ def _with_validation(conversations: list[Conversation], share: float) -> list[Co
 
 def has_conversations(folder: Path | str) -> bool:
     """Tell whether a prepared folder holds conversations, not captions."""
-    return (Path(folder) / FILE).is_file()
+    return (Path(folder) / CONVERSATIONS).is_file()
 
 
 def usable_conversations(folder: Path | str) -> tuple[list[Conversation], int]:
@@ -126,7 +126,7 @@ def usable_conversations(folder: Path | str) -> tuple[list[Conversation], int]:
     folder = Path(folder)
     read_index(folder)
     rejected = {values["audio"] for _, values in read_rows(folder / "rejected.jsonl")}
-    conversations = read_conversations(folder / FILE)
+    conversations = read_conversations(folder / CONVERSATIONS)
     usable = [c for c in conversations if rejected.isdisjoint(c.audio)]
     return usable, len(conversations) - len(usable)
 

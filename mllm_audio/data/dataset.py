@@ -82,9 +82,13 @@ class CaptionedClips:
     def row(self, index: int, generator: torch.Generator) -> Row:
         """Put the clip behind a caption drawn from its wordings."""
         clip = self.clips[index]
-        choice = int(torch.randint(len(clip.captions), (1,), generator=generator))
-        text = Text(prompt_ids(self.text_tokenizer, clip.captions[choice]))
+        text = Text(prompt_ids(self.text_tokenizer, self.caption(index, generator)))
         return [text, Audio(clip.latents(), torch.arange(clip.num_tokens))]
+
+    def caption(self, index: int, generator: torch.Generator) -> str:
+        """Draw one of a clip's wordings."""
+        captions = self.clips[index].captions
+        return captions[int(torch.randint(len(captions), (1,), generator=generator))]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -216,7 +216,7 @@ def _is_finished(job: Job, number: int) -> bool:
 
 def _holds(out: Path, chats: bytes | None) -> bool:
     """Tell whether the conversations, if there are any, were written."""
-    path = out / conversations.FILE
+    path = out / conversations.CONVERSATIONS
     return chats is None or (path.is_file() and path.read_bytes() == chats)
 
 
@@ -236,7 +236,7 @@ def _finish(out: Path, index: ShardIndex, num_shards: int, chats: bytes | None) 
             f"one; {len(rejected)} were rejected{reason}. See {out / 'rejected.jsonl'}"
         )
     if chats is not None:
-        write_atomic(out / conversations.FILE, chats)
+        write_atomic(out / conversations.CONVERSATIONS, chats)
     num_tokens = sum(record.num_train_tokens for record in records)
     mean = torch.tensor([r.total for r in records], dtype=torch.float64).sum(0) / num_tokens
     square = torch.tensor([r.total_square for r in records], dtype=torch.float64).sum(0)

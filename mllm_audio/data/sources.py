@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from mllm_audio.data.conversations import Conversation, caption_conversation, parse_conversation
+from mllm_audio.data.dataset import CaptionedClips
 from mllm_audio.data.layout import Row, Text
 from mllm_audio.data.manifest import read_rows
 from mllm_audio.data.messages import AudioPiece, render, to_row
@@ -68,7 +69,7 @@ class ConversationSource:
 
 
 @dataclass(frozen=True)
-class ClipConversations:
+class ClipConversations(CaptionedClips):
     """Captioned clips as conversations: the caption asks, the clip answers.
 
     Raises:
@@ -76,8 +77,6 @@ class ClipConversations:
             than `max_positions` with one.
     """
 
-    clips: Sequence[PreparedClip]
-    text_tokenizer: PreTrainedTokenizerBase
     max_positions: int  # of the backbone
 
     def __post_init__(self) -> None:
@@ -92,23 +91,10 @@ class ClipConversations:
                 length = lengths[caption] + clip.num_tokens
                 _check_length(length, self.max_positions, clip.name)
 
-    def __len__(self) -> int:
-        """Count the clips."""
-        return len(self.clips)
-
-    def length(self, index: int) -> int:
-        """Count the latents of a clip."""
-        return self.clips[index].num_tokens
-
-    def name(self, index: int) -> str:
-        """Name the clip's sound file."""
-        return self.clips[index].name
-
     def row(self, index: int, generator: torch.Generator) -> Row:
         """Ask for the clip with a caption drawn from its wordings."""
         clip = self.clips[index]
-        choice = int(torch.randint(len(clip.captions), (1,), generator=generator))
-        messages = caption_conversation(clip, clip.captions[choice])
+        messages = caption_conversation(clip, self.caption(index, generator))
         return to_row(render(messages, self.text_tokenizer), lambda _: clip.latents())
 
 
