@@ -1,0 +1,47 @@
+"""The command line: parse, call one function, print.
+
+A user's mistake is one line and exit code 2. Importing this loads neither torch nor transformers:
+each command imports what it runs.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+
+import click
+
+from mllm_audio.cli import data, train, use  # noqa: F401  registers their commands
+from mllm_audio.cli.group import cli
+
+
+def main() -> None:
+    """Run the command line; the entry point of `mllm-audio`."""
+    try:
+        code = cli.main(standalone_mode=False)
+    except click.exceptions.Abort:
+        _fail("interrupted; type the same command again to continue", 130)
+    except click.ClickException as error:
+        _fail(" ".join(error.format_message().split()) + _hint(error), 2)
+    except KeyboardInterrupt as error:
+        _fail(
+            f"interrupted {error}; type the same command again to continue".replace(" ;", ";"), 130
+        )
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        if os.environ.get("MLLM_AUDIO_TRACEBACK"):
+            traceback.print_exc()
+        _fail(" ".join(str(error).split()) or type(error).__name__, 2)
+    else:
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _hint(error: click.ClickException) -> str:
+    """Say which help to type after a usage error."""
+    context = getattr(error, "ctx", None)
+    return f" (type {context.command_path} --help)" if context else ""
+
+
+def _fail(message: str, code: int) -> None:
+    click.echo(f"error: {message}", err=True)
+    sys.exit(code)

@@ -1,0 +1,17 @@
+"""The command group and the options that commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+PATH = click.Path(path_type=Path)
+COUNT = click.IntRange(min=1)
+BASE = click.option("--base", help="Where an adapter's base model is now, if it moved.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="mllm-audio")
+def cli() -> None:
+    """Audio as an output of a Hugging Face causal LM."""

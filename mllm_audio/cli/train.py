@@ -1,0 +1,97 @@
+"""`mllm-audio train`, `add-voice` and `merge`: prepared data to a voice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from mllm_audio.cli.group import BASE, PATH, cli
+
+
+@cli.command()
+@click.option("--preset", required=True, help="Name of a preset; `mllm-audio info NAME` shows one.")
+@click.option("--data", type=PATH, required=True, help="Folder that prepare wrote.")
+@click.option("--out", type=PATH, required=True, help="Folder of the run.")
+@click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]...")
+def train(preset: str, data: Path, out: Path, overrides: tuple[str, ...]) -> None:
+    """Train a preset; the same command again resumes where it stopped."""
+    from mllm_audio.config import override
+    from mllm_audio.presets import get_preset
+    from mllm_audio.run import train_run
+
+    train_run(override(get_preset(preset), overrides), data, out)
+    click.echo(f'trained: type  mllm-audio generate {out} "YOUR CAPTION" --out sound.wav')
+
+
+@cli.command("add-voice")
+@click.argument("base", metavar="BASE")
+@click.option("--out", type=PATH, required=True, help="Folder of the voice.")
+@click.option(
+    "--data",
+    type=PATH,
+    help="Folder that prepare wrote, of conversations or captions; without it the voice is "
+    "written untrained.",
+)
+@click.option("--lora", is_flag=True, help="Train LoRA layers; by default BASE stays as it is.")
+@click.option("--full", is_flag=True, help="Train all of BASE.")
+@click.option(
+    "--replay",
+    type=PATH,
+    help="JSONL of {text} or {messages}, mixed in so that text ability stays.",
+)
+@click.option(
+    "--held-out-text",
+    type=PATH,
+    help="JSONL of {text}, or a .txt: report its perplexity under BASE and the voice.",
+)
+@click.option("--preset", default="voice", show_default=True, help="voice or voice_digits.")
+@click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]...")
+def add_voice(
+    base: str,
+    out: Path,
+    data: Path | None,
+    lora: bool,
+    full: bool,
+    replay: Path | None,
+    held_out_text: Path | None,
+    preset: str,
+    overrides: tuple[str, ...],
+) -> None:
+    """Give the language model BASE (a folder or hub id) a voice, and train it on DATA.
+
+    The same command again resumes where it stopped.
+    """
+    from mllm_audio.add_voice import add_voice as write_untrained
+    from mllm_audio.add_voice import train_added_voice, voice_config
+    from mllm_audio.config import override
+    from mllm_audio.presets import get_preset
+
+    made = voice_config(get_preset(preset), base, lora=lora, full=full)
+    config = override(made, overrides)
+    if (config.base, config.backbone) != (made.base, made.backbone):
+        raise ValueError("found base= or backbone= among the settings; the model is BASE alone")
+    if data is None:
+        if replay or held_out_text:
+            raise ValueError("found --replay or --held-out-text without --data; type --data DIR")
+        write_untrained(config, out)
+        click.echo(
+            f"untrained voice in {out}: type  mllm-audio add-voice {base} --data DATA --out RUN"
+        )
+        return
+    _, drift = train_added_voice(config, data, out, replay=replay, held_out=held_out_text)
+    if drift is not None:
+        click.echo(str(drift))
+    click.echo(f"trained: type  mllm-audio chat {out}")
+
+
+@cli.command()
+@click.argument("run", type=PATH)
+@click.option("--out", type=PATH, required=True, help="New folder.")
+@BASE
+def merge(run: Path, out: Path, base: str | None) -> None:
+    """Merge the adapter in RUN into its base model: a standalone checkpoint in OUT."""
+    from mllm_audio.add_voice import merge as write_merged
+
+    write_merged(run, out, base)
+    click.echo(out)

@@ -1,0 +1,114 @@
+"""`mllm-audio generate`, `chat`, `info`, `push` and `demo`: what to do with a voice."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mllm_audio.cli.group import BASE, COUNT, PATH, cli
+
+
+@cli.command()
+@click.argument("run", type=PATH)
+@click.argument("captions", nargs=-1, required=True, metavar="CAPTION...")
+@click.option(
+    "--out",
+    type=PATH,
+    required=True,
+    help="A .wav or .flac file for one caption, else a folder.",
+)
+@click.option("--seconds", type=float, help="Exact duration; by default the model decides.")
+@click.option("--num-inference-steps", type=int, help="Head calls per latent.")
+@click.option("--guidance-scale", type=float, help="MAR's s: 1 is no guidance.")
+@click.option("--guidance-weight", type=float, help="The paper's w = s - 1: 0 is no guidance.")
+@click.option("--temperature", type=float, help="Scales the sampling noise.")
+@click.option("--sampler", help="ddpm, euler or midpoint; the head's own by default.")
+@click.option("--seed", type=int, default=0, help="Of the first caption; the next has seed + 1.")
+@click.option("--batch-size", type=COUNT, default=32, show_default=True)
+@BASE
+def generate(run: Path, captions: tuple[str, ...], out: Path, **options: Any) -> None:
+    """Generate one sound per CAPTION with the model in RUN."""
+    from mllm_audio.generation.voice import Voice
+    from mllm_audio.generation.write import generate_to_files, output_paths, write_captions
+
+    paths = output_paths(out, len(captions))
+    if options["guidance_scale"] is not None and options["guidance_weight"] is not None:
+        raise ValueError(
+            "found both --guidance-scale and --guidance-weight, expected one: s = 1 + w"
+        )
+    seed, batch_size = options.pop("seed"), options.pop("batch_size")
+    voice = Voice.load(run, options.pop("base"))
+    given = {key: value for key, value in options.items() if value is not None}
+    if "guidance_scale" in given:
+        given["guidance_weight"] = None
+    generate_to_files(voice, captions, paths, replace(voice.defaults, **given), seed, batch_size)
+    if paths[0] != out:
+        write_captions(captions, paths, seed)
+    for path in paths:
+        click.echo(path)
+
+
+@cli.command()
+@click.argument("run", type=PATH)
+@click.option(
+    "--out",
+    type=PATH,
+    default=Path("chat"),
+    show_default=True,
+    help="Folder for the sounds; nothing in it is overwritten.",
+)
+@BASE
+@click.option("--system", help="A message from the system, before yours.")
+@click.option("--temperature", type=float, help="Of the text: 0 takes the likeliest, 1 samples.")
+@click.option("--top-p", type=float, help="Sample text within this total probability.")
+@click.option("--max-new-tokens", type=int, help="Longest text of a reply.")
+@click.option("--guidance-scale", type=float, help="Of the sound, MAR's s: 1 is no guidance.")
+@click.option("--play", is_flag=True, help="Play each sound with aplay, paplay, afplay or ffplay.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the first reply.")
+def chat(run: Path, out: Path, **options: Any) -> None:
+    """Talk with the model in RUN, which answers in text and sound.
+
+    A line is a message; /audio PATH [TEXT] sends a recording. Reads a pipe too.
+    """
+    from mllm_audio.chat import run_chat
+
+    run_chat(run, out, **options)
+
+
+@cli.command()
+@click.argument("name", metavar="RUN|PRESET")
+@BASE
+def info(name: str, base: str | None) -> None:
+    """Print the components of a run folder or preset and their parameter counts."""
+    from mllm_audio.info import describe
+
+    click.echo(describe(name, base))
+
+
+@cli.command()
+@click.argument("run", type=PATH)
+@click.argument("repo_id", metavar="OWNER/NAME")
+@click.option("--private", is_flag=True, help="Of a new repository.")
+@click.option("--revision", help="Branch to commit to.")
+def push(run: Path, repo_id: str, private: bool, revision: str | None) -> None:
+    """Upload the voice in RUN to the Hugging Face hub, with a model card."""
+    from mllm_audio.hub import push_to_hub
+
+    click.echo(push_to_hub(run, repo_id, private=private or None, revision=revision))
+
+
+@cli.command()
+@click.option("--out", type=PATH, default=Path("runs/demo"), show_default=True)
+@click.option(
+    "--minutes", type=click.FloatRange(min=0, min_open=True), help="Training; else the preset's."
+)
+@click.option("--clips", type=COUNT, default=6000, show_default=True, help="To train on.")
+@click.option("--seed", type=int, default=0, show_default=True)
+def demo(out: Path, minutes: float | None, clips: int, seed: int) -> None:
+    """Make soundscapes, train the tiny preset on them, generate, and write OUT/report.html."""
+    from mllm_audio.demo import run_demo
+
+    run_demo(out, minutes=minutes, num_train=clips, seed=seed)
