@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mllm_audio.backbone import build_backbone
 from mllm_audio.data.dataset import prompt_ids, seeded
-from mllm_audio.data.shards import PreparedClip, ShardIndex
+from mllm_audio.data.shards import ShardIndex
 from mllm_audio.generation.voice import Voice
 from mllm_audio.modality import AudioConfig
 from mllm_audio.model import AudioLanguageModel, default_device
@@ -20,9 +21,7 @@ from mllm_audio.text import train_text_tokenizer
 from mllm_audio.tokenizers import load_tokenizer
 
 
-def fit_to_data(
-    config: RunConfig, index: ShardIndex, clips: list[PreparedClip], data: Path
-) -> RunConfig:
+def fit_to_data(config: RunConfig, index: ShardIndex, data: Path | str) -> RunConfig:
     """Take from the data what the data decides, and refuse what does not fit it."""
     tokenizer = index.tokenizer
     for key in ("latent_dim", "tokens_per_column"):
@@ -33,13 +32,12 @@ def fit_to_data(
                 f"{expected}; set audio.{key}={found}, "
                 f"or prepare again with another tokenizer"
             )
-    longest = max(clips, key=lambda clip: clip.num_tokens)
-    if longest.num_tokens > config.audio.max_tokens:
+    if index.longest_clip > config.audio.max_tokens:
         seconds = config.audio.max_seconds
         raise ValueError(
-            f"{longest.name} has {longest.num_tokens} latents, the model takes audio.max_tokens="
-            f"{config.audio.max_tokens}; set audio.max_tokens={longest.num_tokens}, or prepare "
-            f"with --max-seconds {seconds:g}"
+            f"{index.longest_clip_name} has {index.longest_clip} latents, the model takes "
+            f"audio.max_tokens={config.audio.max_tokens}; set audio.max_tokens="
+            f"{index.longest_clip}, or prepare with --max-seconds {seconds:g}"
         )
     audio = replace(
         config.audio, tokenizer=tokenizer.spec, tokenizer_fingerprint=tokenizer.fingerprint
@@ -47,11 +45,9 @@ def fit_to_data(
     return replace(config, audio=audio)
 
 
-def build_voice(config: RunConfig, index: ShardIndex, clips: list[PreparedClip]) -> Voice:
+def build_voice(config: RunConfig, index: ShardIndex, captions: Iterable[str]) -> Voice:
     """Build an untrained voice: text tokenizer from the captions, statistics from the index."""
-    text_tokenizer = train_text_tokenizer(
-        {caption for clip in clips for caption in clip.captions}, config.text_vocab_size
-    )
+    text_tokenizer = train_text_tokenizer(set(captions), config.text_vocab_size)
     return join(config, index, build_model(config, len(text_tokenizer)), text_tokenizer)
 
 
@@ -105,13 +101,17 @@ def seed_weights(config: RunConfig) -> None:
     torch.manual_seed(seeded("weights", config.train.seed).initial_seed())
 
 
-def check_prompt_lengths(voice: Voice, clips: list[PreparedClip]) -> None:
+def check_prompt_lengths(voice: Voice, captions: Iterable[str]) -> None:
     """Refuse captions that leave no room for the longest clip among the backbone's positions."""
     audio: AudioConfig = voice.model.audio.config
     room = voice.model.backbone.config.max_position_embeddings - audio.max_tokens - 2
-    captions = {caption for clip in clips for caption in clip.captions}
-    longest = max(captions, key=lambda caption: len(prompt_ids(voice.text_tokenizer, caption)))
-    length = len(prompt_ids(voice.text_tokenizer, longest))
+    # A token is a byte of the normalised text at least: only longer captions can have too many.
+    normalised = voice.text_tokenizer.backend_tokenizer.normalizer.normalize_str
+    longer = (caption for caption in captions if len(f" {normalised(caption)}".encode()) > room)
+    length, longest = max(
+        ((len(prompt_ids(voice.text_tokenizer, caption)), caption) for caption in longer),
+        default=(0, ""),
+    )
     if length > room:
         needed = length + audio.max_tokens + 2
         raise ValueError(

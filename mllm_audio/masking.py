@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from statistics import NormalDist
 
 import torch
@@ -112,12 +112,21 @@ def end_weights(num_tokens: int, kept: Tensor, ratio: float) -> Tensor:
     """
     if ratio == 0:
         return torch.ones(len(kept))
-    is_end = torch.arange(len(kept)) == len(kept) - 1
     distance = torch.cat([kept, torch.tensor([num_tokens])]).diff()  # (K,)
-    rest = num_tokens - distance - (~is_end).long()
+    by_distance = _weights_by_distance(num_tokens, len(kept), ratio)  # (2, N)
+    weights = by_distance[0, distance - 1]  # (K,)
+    weights[-1] = by_distance[1, distance[-1] - 1]
+    return weights
+
+
+@lru_cache(maxsize=1024)  # clips of one length share it, in a step
+def _weights_by_distance(num_tokens: int, kept: int, ratio: float) -> Tensor:
+    """Tabulate `end_weights`: (2, N) float32 for targets 1 to N away, a latent and the end."""
+    is_latent = torch.tensor([[1], [0]])
+    distance = torch.arange(1, num_tokens + 1)  # (N,)
     independent = 2 * math.log1p(-min(ratio, 1 - 1e-6)) + (distance - 1) * math.log(ratio)
-    exact = _log_binomial(rest, len(kept) - 1 - (~is_end).long())
-    exact = exact - _log_binomial(torch.tensor(num_tokens), torch.tensor(len(kept)))
+    exact = _log_binomial(num_tokens - distance - is_latent, kept - 1 - is_latent)  # (2, N)
+    exact = exact - _log_binomial(torch.tensor(num_tokens), torch.tensor(kept))
     return (independent - exact).exp().float()
 
 

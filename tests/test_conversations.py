@@ -460,7 +460,7 @@ def test_replayed_text_is_mixed_into_batches_at_its_share(source, tokenizer, tmp
         seed=0,
         replay=TextSource.read(texts, tokenizer, 64),
     )
-    batch = next(data.steps(0))
+    (batch,) = next(data.steps(0))
     assert [name.split(":")[0] for name in batch.names] == ["conversations.jsonl"] * 2 + [
         "text.jsonl"
     ] * 2

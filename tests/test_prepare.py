@@ -196,6 +196,11 @@ def test_latents_equal_the_tokenizer_and_statistics_a_direct_computation(tmp_pat
     assert index.counts == {"train": len(train), "validation": len(validation), "test": 0}
     assert len(index.shards) == 3
     assert sum(shard.num_clips for shard in index.shards) == 7
+    first = [clip.split for clip in sorted([*train, *validation], key=lambda c: c.name)[:3]]
+    assert index.shards[0].counts == {s: first.count(s) for s in ("train", "validation", "test")}
+    longest = max(clip.num_tokens for clip in [*train, *validation])
+    names = sorted(c.name for c in [*train, *validation] if c.num_tokens == longest)
+    assert (index.longest_clip, index.longest_clip_name) == (longest, names[0])
     assert train[0].extra == {"note": "x"}
     tokenizer = load_tokenizer("dct")
     for clip in [*train, *validation]:
@@ -597,6 +602,16 @@ def test_foreign_folder_is_refused(tmp_path):
         run(manifest, manifest)
 
 
+def test_conversation_without_an_answer_is_refused_before_anything_is_encoded(tmp_path):
+    talk = [{"role": "user", "content": [{"type": "audio", "audio": "0.wav"}]}]
+    answer = [{"role": "assistant", "content": "a tone"}]
+    rows = [{"messages": talk + answer}, {"messages": talk, "split": "test"}]
+    manifest = write_manifest(tmp_path / "m.jsonl", rows)
+    with pytest.raises(ValueError, match=r"m\.jsonl:2: no assistant message, expected one to lea"):
+        run(manifest, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_unreadable_index_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"holds no index\.json"):
         read_index(tmp_path)
@@ -606,8 +621,8 @@ def test_unreadable_index_is_refused(tmp_path):
     for broken, message in [
         (text[:99], "is damaged"),
         (
-            text.replace('"format_version": 1', '"format_version": 2'),
-            "format_version 2, expected 1",
+            text.replace('"format_version": 2', '"format_version": 1'),
+            "format_version 1, expected 2; prepare the manifest again into a new folder",
         ),
         (text.replace('"num_rows": 2,', ""), "is damaged .*num_rows"),
         (text.replace('"num_rows": 2', '"num_rows": "x"'), "num_rows='x'"),

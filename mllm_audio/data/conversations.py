@@ -77,8 +77,8 @@ def plan_conversations(path: Path, validation_share: float) -> tuple[list[Manife
         A row for each sound file, in order, and the bytes of `CONVERSATIONS`.
 
     Raises:
-        ValueError: naming file and line, if a row is broken or no conversation, or if there is no
-            sound file.
+        ValueError: naming file and line, if a row is broken, no conversation or without an
+            assistant message, or if there is no sound file.
     """
     rows = list(read_rows(path))
     conversations = _with_validation(
@@ -86,6 +86,10 @@ def plan_conversations(path: Path, validation_share: float) -> tuple[list[Manife
     )
     clips: dict[str, ManifestRow] = {}
     for (line, _), conversation in zip(rows, conversations, strict=True):
+        if all(message.role != "assistant" for message in conversation.messages):
+            raise ValueError(
+                f"{path}:{line}: no assistant message, expected one to learn from; add it"
+            )
         for audio in conversation.audio:
             clip = clips.setdefault(audio, ManifestRow(audio, (), conversation.split, {}, line))
             if conversation.split == "train":

@@ -1,42 +1,29 @@
 """Sources of rows to batches: masking, replayed text, and the order of an epoch.
 
 Everything here is a pure function of (seed, step) and (seed, epoch, row), so a resumed run sees
-the batches the uninterrupted one would have seen, with no state to save.
+the batches the uninterrupted one would have seen, with no state to save, and a step holds the same
+rows and masks however many processes share it.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from mllm_audio.config import check_range
+from mllm_audio.data.config import DataConfig
 from mllm_audio.data.layout import Audio, Row, Text, collate
+from mllm_audio.data.prefetch import prefetched
 from mllm_audio.data.shards import PreparedClip
 from mllm_audio.masking import MaskingConfig, sample_kept_positions, sample_ratio
 from mllm_audio.text import SpecialIds
 from mllm_audio.types import Batch
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """How rows become batches."""
-
-    unconditional_share: float = 0.1  # share of rows whose text is the null prompt, for guidance
-    length_group: int = 8  # batches shuffled together and sorted by length, to pad less; 1 = off
-    replay_share: float = 0.0  # share of each batch that is replayed text
-    pack_tokens: int | None = None  # pack a batch into rows of this many elements; None pads
-
-    def __post_init__(self) -> None:
-        """Check ranges."""
-        check_range("data", self, 0, 1, "unconditional_share")
-        check_range("data", self, 0, 0.9, "replay_share")
-        check_range("data", self, 1, 1_000_000, "length_group", "pack_tokens")
 
 
 def seeded(*parts: int | str) -> torch.Generator:
@@ -59,9 +46,30 @@ class RowSource(Protocol):
     def row(self, index: int, generator: torch.Generator) -> Row:
         """Build row `index`, its audio unmasked; `generator` picks among wordings."""
 
+    def groups(self) -> Sequence[range]:
+        """List the rows that are stored together, none of them empty."""
+
+    def expect(self, groups: Sequence[range]) -> None:
+        """Begin to read these groups in the background, and no others."""
+
+
+class InMemory:
+    """Rows that are at hand: one group, nothing to read ahead."""
+
+    def __len__(self) -> int:
+        """Count the rows."""
+        raise NotImplementedError
+
+    def groups(self) -> Sequence[range]:
+        """List all rows as one group."""
+        return [range(len(self))] if len(self) else []
+
+    def expect(self, groups: Sequence[range]) -> None:
+        """Do nothing."""
+
 
 @dataclass(frozen=True)
-class CaptionedClips:
+class CaptionedClips(InMemory):
     """Clips that follow one of their captions."""
 
     clips: Sequence[PreparedClip]
@@ -99,10 +107,24 @@ class TrainingData:
     special: SpecialIds
     masking: MaskingConfig
     config: DataConfig
-    batch_size: int
+    batch_size: int  # rows of an optimizer step, over all processes
     seed: int
     end_of_audio: bool = True
     replay: RowSource | None = None  # text mixed in to hold what the model knew
+    micro_batch_size: int | None = None  # rows computed at once; None: the whole batch
+
+    def __post_init__(self) -> None:
+        """Check that a batch is whole micro-batches."""
+        if self.batch_size % (self.micro_batch_size or self.batch_size):
+            raise ValueError(
+                f"train.batch_size={self.batch_size} is not a multiple of train.micro_batch_size="
+                f"{self.micro_batch_size}; change one of them"
+            )
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Count the micro-batches of an optimizer step, over all processes."""
+        return self.batch_size // (self.micro_batch_size or self.batch_size)
 
     @property
     def num_replayed(self) -> int:
@@ -113,58 +135,137 @@ class TrainingData:
 
     @property
     def rows_per_batch(self) -> int:
-        """Count the source's rows of a batch."""
-        return self.batch_size - self.num_replayed
+        """Count the source's rows of a batch; with fewer rows than that, all of them."""
+        return max(1, min(self.batch_size - self.num_replayed, len(self.source)))
 
     @property
     def batches_per_epoch(self) -> int:
-        """Count the batches of one pass; a last, smaller one is dropped if there is another."""
+        """Count the batches of one pass; rows that would be part of another are left out."""
         return max(1, len(self.source) // self.rows_per_batch)
 
-    def epoch(self, epoch: int) -> list[list[int]]:
-        """Order one pass over the rows: every row at most once, batches of similar length."""
+    def epoch(self, epoch: int, skip: int = 0) -> Iterator[list[int]]:
+        """Order one pass over the rows: every row at most once, batches of similar length.
+
+        Groups of rows are permuted and taken `shuffle_shards` at a time; the rows of such a block
+        are permuted and cut into batches, and what is left over goes to the next block. Rows of
+        blocks that lie before the first batch that is asked for are not read.
+
+        Args:
+            epoch: number of the pass, from 0.
+            skip: leave out this many batches at the beginning.
+        """
         generator = seeded("order", self.seed, epoch)
-        order = torch.randperm(len(self.source), generator=generator).tolist()
+        size, left = self.rows_per_batch, torch.empty(0, dtype=torch.long)
+        blocks = self._blocks(epoch)
+        following = [*blocks[1:], *self._blocks(epoch + 1)[:1]]
+        try:
+            for block, next_block in zip(blocks, following, strict=True):
+                rows = torch.cat([left, *(torch.arange(g.start, g.stop) for g in block)])
+                rows = rows[torch.randperm(len(rows), generator=generator)]
+                num_batches = len(rows) // size
+                rows, left = rows[: num_batches * size], rows[num_batches * size :]
+                order = torch.randperm(num_batches, generator=generator).tolist()
+                if skip >= num_batches:
+                    skip -= num_batches
+                    continue
+                self.source.expect([*block, *next_block])
+                batches = self._of_similar_length(rows.tolist())
+                yield from (batches[i] for i in order[skip:])
+                skip = 0
+        finally:
+            self.source.expect([])
+
+    def _blocks(self, epoch: int) -> list[list[range]]:
+        """Permute the groups of rows, and take a few at a time."""
+        groups, size = self.source.groups(), self.config.shuffle_shards
+        order = torch.randperm(len(groups), generator=seeded("groups", self.seed, epoch)).tolist()
+        return [[groups[i] for i in order[k : k + size]] for k in range(0, len(order), size)]
+
+    def _of_similar_length(self, rows: list[int]) -> list[list[int]]:
+        """Cut rows into whole batches, sorted by length within `length_group` batches."""
         size = self.rows_per_batch
         group = size * self.config.length_group
         batches: list[list[int]] = []
-        for start in range(0, len(order), group):
-            chunk = sorted(order[start : start + group], key=self.source.length)
+        for start in range(0, len(rows), group):
+            chunk = sorted(rows[start : start + group], key=self.source.length)
             batches += [chunk[i : i + size] for i in range(0, len(chunk), size)]
-        full = [batch for batch in batches if len(batch) == size] or batches
-        return [full[i] for i in torch.randperm(len(full), generator=generator).tolist()]
+        return batches
 
-    def steps(self, first: int) -> Iterator[Batch]:
-        """Yield the batches of optimizer steps `first`, `first + 1`, ... without end."""
+    def steps(self, first: int, rank: int = 0, world_size: int = 1) -> Generator[list[Batch]]:
+        """Yield what one process computes of optimizer steps `first`, `first + 1`, ... without end.
+
+        Micro-batch m of a step is that of process m % world_size. A thread prepares the next
+        `prefetch_steps` steps; closing the generator ends it.
+
+        Args:
+            first: number of the first step, from 0.
+            rank: of this process.
+            world_size: number of processes.
+
+        Raises:
+            ValueError: if micro-batches cannot be shared out evenly, or rows do not fill them.
+        """
+        num, size = self.num_micro_batches, self.batch_size - self.num_replayed
+        if num % world_size:
+            raise ValueError(
+                f"a step has {num} micro-batches for {world_size} processes, expected a multiple; "
+                "change train.micro_batch_size"
+            )
+        found, needed = len(self.source), size if num > 1 else 1
+        if found < needed:
+            raise ValueError(
+                f"found {found} training rows, expected at least {needed} for {num} micro-batches; "
+                f"prepare more, or set train.batch_size to {found} or less"
+            )
+        steps = self._steps(first, range(rank, num, world_size))
+        return prefetched(steps, self.config.prefetch_steps)
+
+    def _steps(self, first: int, parts: range) -> Generator[list[Batch]]:
         epoch, skip = divmod(first, self.batches_per_epoch)
+        numbers = count(first)
         while True:
-            for index, rows in enumerate(self.epoch(epoch)[skip:], start=skip):
-                yield self.batch(rows, epoch, epoch * self.batches_per_epoch + index)
+            for rows, step in zip(self.epoch(epoch, skip), numbers, strict=False):
+                yield [self.batch(rows, epoch, step, part) for part in parts]
             epoch, skip = epoch + 1, 0
 
-    def batch(self, indices: Sequence[int], epoch: int, step: int) -> Batch:
-        """Build the batch of one optimizer step: one masking ratio, masks of their own per span."""
+    def batch(
+        self, indices: Sequence[int], epoch: int, step: int, part: int | None = None
+    ) -> Batch:
+        """Build a batch: one masking ratio for the step, masks of their own per span.
+
+        Args:
+            indices: the source's rows of the whole step.
+            epoch: number of the pass.
+            step: number of the optimizer step.
+            part: number of a micro-batch; None is the whole step.
+        """
         ratio = sample_ratio(self.masking, seeded("ratio", self.seed, step))
-        rows: list[Row] = []
-        unconditional = []
-        for index in indices:
-            generator = seeded("clip", self.seed, epoch, index)
-            row = self.source.row(index, generator)
-            hidden = float(torch.rand((), generator=generator)) < self.config.unconditional_share
-            # Without audio to learn, nothing would be left of a row whose text is hidden.
-            learns_audio = any(isinstance(part, Audio) and part.learned for part in row)
-            unconditional.append(hidden and learns_audio)
-            rows.append([_masked(part, ratio, generator) for part in row])
-        names = [self.source.name(index) for index in indices]
+        plan = [(self.source, index, ("clip", self.seed, epoch, index)) for index in indices]
         if self.replay is not None and self.num_replayed:
             generator = seeded("replay", self.seed, step)
             drawn = torch.randint(len(self.replay), (self.num_replayed,), generator=generator)
-            rows += [self.replay.row(index, generator) for index in drawn.tolist()]
-            names += [self.replay.name(index) for index in drawn.tolist()]
-            unconditional += [False] * self.num_replayed
+            plan += [
+                (self.replay, index, ("replay", self.seed, step, number))
+                for number, index in enumerate(drawn.tolist())
+            ]
+        if part is not None:  # strided: replayed rows and lengths are spread evenly
+            plan = plan[part :: self.num_micro_batches]
+        rows: list[Row] = []
+        unconditional, share = [], self.config.unconditional_share
+        for source, index, draws in plan:
+            generator = seeded(*draws)
+            row = source.row(index, generator)
+            hidden = False
+            if source is not self.replay:
+                hidden = float(torch.rand((), generator=generator)) < share
+                # Without audio to learn, nothing would be left of a row whose text is hidden.
+                hidden &= any(isinstance(piece, Audio) and piece.learned for piece in row)
+                row = [_masked(piece, ratio, generator) for piece in row]
+            unconditional.append(hidden)
+            rows.append(row)
         return collate(
             rows,
-            names,
+            [source.name(index) for source, index, _ in plan],
             self.special,
             unconditional=unconditional,
             masking_ratio=ratio,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save
 from torch import Tensor
 
 from mllm_audio import wav
 from mllm_audio.config import from_dict, to_dict
 from mllm_audio.data.manifest import SPLITS, ManifestRow, hash_fraction
-from mllm_audio.data.shards import PrepareSettings, ShardInfo, write_shard
-from mllm_audio.files import write_atomic
+from mllm_audio.data.shards import PrepareSettings, ShardInfo, shard_file
+from mllm_audio.files import encode_lines, write_atomic
 from mllm_audio.tokenizers.base import AudioTokenizer
 
 Part = tuple[int, list[ManifestRow]]  # number of a shard, and its rows
@@ -37,7 +39,8 @@ class Record:
     """What `records/*.json` keeps of a finished shard."""
 
     shard: ShardInfo
-    counts: dict[str, int]  # clips per split
+    longest_clip: int  # most latents of any clip
+    longest_clip_name: str  # first such clip
     rejected: tuple[Rejection, ...]
     num_train_tokens: int  # latents of the train clips
     # (D,) of the train latents. Sums of squares are safe here: a float16 squared has 22
@@ -123,15 +126,51 @@ def _encode_shard(
                 total_square += values.square().sum(0)
                 num_train_tokens += len(values)
         advance()
+    lengths = [len(clip) for clip in clips]
+    longest_clip = max(lengths, default=0)
     record = Record(
         shard=write_shard(job.out, number, rows, clips, num_samples, tokenizer.latent_dim),
-        counts={split: sum(row.split == split for row in rows) for split in SPLITS},
+        longest_clip=longest_clip,
+        longest_clip_name=rows[lengths.index(longest_clip)].audio if rows else "",
         rejected=tuple(rejected),
         num_train_tokens=num_train_tokens,
         total=tuple(total.tolist()),
         total_square=tuple(total_square.tolist()),
     )
     write_atomic(record_path(job.out, number), json.dumps(to_dict(record)).encode())
+
+
+def write_shard(
+    folder: Path,
+    number: int,
+    rows: Sequence[ManifestRow],
+    latents: Sequence[Tensor],
+    num_samples: Sequence[int],
+    latent_dim: int,
+) -> ShardInfo:
+    """Write shard `number`: for each row its (N, D) float16 latents and its waveform length."""
+    lengths = torch.tensor([0, *(len(clip) for clip in latents)])
+    tensors = {
+        "latents": torch.cat([torch.empty(0, latent_dim, dtype=torch.float16), *latents]),
+        "offsets": lengths.cumsum(0),
+        "num_samples": torch.tensor(num_samples, dtype=torch.int64),
+    }
+    texts = [
+        {"audio": row.audio, "captions": row.captions, "split": row.split, "extra": row.extra}
+        for row in rows
+    ]
+    file = shard_file(number)
+    data, lines = save(tensors), encode_lines(texts)
+    write_atomic(folder / file, data)
+    write_atomic((folder / file).with_suffix(".jsonl"), lines)
+    return ShardInfo(
+        file=file,
+        sha256=hashlib.sha256(data).hexdigest(),
+        rows_sha256=hashlib.sha256(lines).hexdigest(),
+        num_clips=len(rows),
+        num_tokens=len(tensors["latents"]),
+        counts={split: sum(row.split == split for row in rows) for split in SPLITS},
+    )
 
 
 class _RejectedError(Exception):

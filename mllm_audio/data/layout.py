@@ -37,9 +37,14 @@ class Audio:
 
 
 Row = Sequence[Text | Audio]
-BY_ELEMENT = ("input_ids", "position_ids", "is_null", "is_audio", "predicts", "text_labels")
-BY_LATENT = ("latents", "content_positions")
-BY_TARGET = ("target_positions", "target_latents", "target_is_end", "end_weight")
+PADDING = {  # of the fields with an entry per element
+    "input_ids": 0,
+    "position_ids": 0,
+    "is_null": False,
+    "is_audio": False,
+    "predicts": False,
+    "text_labels": IGNORED,
+}
 
 
 def collate(
@@ -70,48 +75,62 @@ def collate(
     spans = [part for row in rows for part in row if isinstance(part, Audio)]
     latent_dim = spans[0].latents.shape[1] if spans else 0
     layout = _Layout(special, masking_ratio, end_of_audio, latent_dim)
-    nulls = unconditional or [False] * len(rows)
-    laid = [layout.row(row, null) for row, null in zip(rows, nulls, strict=True)]
-    segments = None
+    pieces, lengths = [layout.nothing()], []
+    for row, null in zip(rows, unconditional or [False] * len(rows), strict=True):
+        own = layout.row(row, null)
+        pieces += own
+        lengths.append(sum(len(piece["input_ids"]) for piece in own))
+    # The pieces of all rows behind one another: (E,) for the elements.
+    values = {f: torch.cat([piece[f] for piece in pieces if f in piece]) for f in pieces[0]}
+    values["text_labels"] = _text_labels(values["input_ids"], values.pop("learned"), lengths)
+    packed, segments = [[length] for length in lengths], None
     if pack_tokens is not None:
-        groups = _pack([len(row["input_ids"]) for row in laid], pack_tokens)
-        segments = _padded(
-            [
-                torch.cat([torch.full((len(laid[i]["input_ids"]),), n) for n, i in enumerate(g, 1)])
-                for g in groups
-            ],
-            0,
-        )
-        laid = [{k: torch.cat([laid[i][k] for i in g]) for k in laid[0]} for g in groups]
-    values = {
-        f: _padded([row[f] for row in laid], IGNORED if f == "text_labels" else 0)
-        for f in BY_ELEMENT
-    }
-    values |= {f: torch.cat([row[f] for row in laid]) for f in BY_LATENT + BY_TARGET}
-    return Batch(**values, segment_ids=segments, masking_ratio=masking_ratio, names=tuple(names))
+        packed = _pack(lengths, pack_tokens)
+        numbers = torch.cat([torch.arange(1, len(group) + 1) for group in packed])  # (rows,)
+        segments = numbers.repeat_interleave(torch.tensor(lengths))  # (E,)
+        segments = _padded(segments, packed, 0)
+    values |= {name: _padded(values[name], packed, PADDING[name]) for name in PADDING}
+    return Batch(
+        **values,
+        segment_ids=segments,
+        masking_ratio=masking_ratio,
+        names=tuple(names),
+        num_elements=sum(lengths),
+    )
 
 
-def _padded(rows: Sequence[Tensor], value: int) -> Tensor:
-    """Stack rows of different length, filled with `value` to a multiple of `TIME_BLOCK`."""
-    stacked = pad_sequence(list(rows), batch_first=True, padding_value=value)  # (B, T)
-    return F.pad(stacked, (0, -stacked.shape[1] % TIME_BLOCK), value=value)
+def _text_labels(input_ids: Tensor, learned: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Give each element the id that follows it in its row, where that is learned: (E,) int64."""
+    learned = learned.roll(-1)
+    learned[torch.tensor(lengths).cumsum(0) - 1] = False  # nothing follows in the row
+    return torch.where(learned, input_ids.roll(-1), IGNORED)
+
+
+def _padded(values: Tensor, rows: Sequence[Sequence[int]], padding: int) -> Tensor:
+    """Cut (E,) elements into rows, (B, T), each padded on the right to a multiple of `TIME_BLOCK`.
+
+    Args:
+        values: elements of all rows.
+        rows: number of elements of each stretch of each row.
+        padding: what to fill with.
+    """
+    cut = values.split([sum(row) for row in rows])
+    stacked = pad_sequence(list(cut), batch_first=True, padding_value=padding)  # (B, T)
+    return F.pad(stacked, (0, -stacked.shape[1] % TIME_BLOCK), value=padding)
 
 
 def _pack(lengths: Sequence[int], most: int) -> list[list[int]]:
-    """Group row numbers, order kept, so that no group is longer than `most` in all.
+    """Group row lengths, order kept, so that no group is longer than `most` in all.
 
     A row that is longer stands alone. The order is kept because the noise of the loss is drawn in
     it: packed and padded batches have the same loss.
     """
     groups: list[list[int]] = []
-    filled = most
-    for index, length in enumerate(lengths):
-        if groups and filled + length <= most:
-            groups[-1].append(index)
-            filled += length
+    for length in lengths:
+        if groups and sum(groups[-1]) + length <= most:
+            groups[-1].append(length)
         else:
-            groups.append([index])
-            filled = length
+            groups.append([length])
     return groups
 
 
@@ -124,36 +143,16 @@ class _Layout:
     end_of_audio: bool
     latent_dim: int
 
-    def row(self, row: Row, unconditional: bool) -> dict[str, Tensor]:
-        """Build one row's fields of `Batch`, without padding."""
-        pieces: list[dict[str, Tensor]] = []
-        position = 0
-        for index, part in enumerate(row):
-            if isinstance(part, Text):
-                pieces.append(self.text(part, position, unconditional))
-                position += len(part.input_ids)
-            else:
-                pieces.append(self.audio(part, position, closed=index + 1 < len(row)))
-                position += len(part.latents) + 2
-        values = {field: torch.cat([piece[field] for piece in pieces]) for field in pieces[0]}
-        following = values["input_ids"].roll(-1)
-        learned = values.pop("learned").roll(-1)
-        learned[-1] = False
-        if unconditional:  # its text is not there to be continued
-            learned = torch.zeros_like(learned)
-        values["text_labels"] = torch.where(learned, following, IGNORED)
-        return values
-
-    def text(self, part: Text, position: int, unconditional: bool) -> dict[str, Tensor]:
-        length = len(part.input_ids)
-        no, none = torch.zeros(length, dtype=torch.bool), torch.zeros(0, dtype=torch.long)
+    def nothing(self) -> dict[str, Tensor]:
+        """Lay out nothing: each field has its type, of which text leaves some out."""
+        none = torch.zeros(0, dtype=torch.long)
         return {
-            "input_ids": part.input_ids,
-            "position_ids": torch.arange(position, position + length),
-            "is_null": torch.full_like(no, unconditional),
-            "is_audio": no,
-            "predicts": no,
-            "learned": no if part.learned is None else part.learned,
+            "input_ids": none,
+            "position_ids": none,
+            "is_null": none.bool(),
+            "is_audio": none.bool(),
+            "predicts": none.bool(),
+            "learned": none.bool(),
             "latents": torch.zeros(0, self.latent_dim),
             "content_positions": none,
             "target_positions": none,
@@ -162,41 +161,72 @@ class _Layout:
             "end_weight": none.float(),
         }
 
-    def audio(self, part: Audio, position: int, closed: bool) -> dict[str, Tensor]:
+    def row(self, row: Row, unconditional: bool) -> list[dict[str, Tensor]]:
+        """Lay out one row: for each part its fields of `Batch`, and the elements that are learned.
+
+        Nothing is learned where the text is not there to be continued.
+        """
+        pieces: list[dict[str, Tensor]] = []
+        position = 0
+        for index, part in enumerate(row):
+            if isinstance(part, Text):
+                pieces.append(self.text(part, position, unconditional))
+                position += len(part.input_ids)
+            else:
+                closed = index + 1 < len(row)
+                pieces.append(self.audio(part, position, unconditional, closed))
+                position += len(part.latents) + 2
+        return pieces
+
+    def text(self, part: Text, position: int, unconditional: bool) -> dict[str, Tensor]:
+        length = len(part.input_ids)
+        no = torch.zeros(length, dtype=torch.bool)
+        return {
+            "input_ids": part.input_ids,
+            "position_ids": torch.arange(position, position + length),
+            "is_null": torch.full_like(no, unconditional),
+            "is_audio": no,
+            "predicts": no,
+            "learned": no if part.learned is None or unconditional else part.learned,
+        }
+
+    def audio(
+        self, part: Audio, position: int, unconditional: bool, closed: bool
+    ) -> dict[str, Tensor]:
         """Lay out start, kept latents and, where something follows, the end.
 
         The start and each kept latent predict the next kept one; the last predicts the end, at
         target position N.
         """
-        num_tokens, kept = len(part.latents), part.kept
-        length = 1 + len(kept) + int(closed)
+        num_tokens, num_kept = len(part.latents), len(part.kept)
+        length = 1 + num_kept + int(closed)
+        # Start, kept latents, end: at 0, 1 + content position, N + 1 from where the span begins.
+        places = torch.cat([torch.tensor([-1]), part.kept, torch.tensor([num_tokens])])
         input_ids = torch.full((length,), self.special.audio)
         input_ids[0] = self.special.audio_start
-        no = torch.zeros(length, dtype=torch.bool)
-        is_audio, predicts, learned = no.clone(), no.clone(), no.clone()
-        is_audio[1 : 1 + len(kept)] = True
-        learned[0] = part.announced
-        offsets = [torch.zeros(1, dtype=torch.long), kept + 1]
         if closed:
             input_ids[-1] = self.special.audio_end
-            offsets.append(torch.tensor([num_tokens + 1]))
-        num_targets = len(kept) + int(self.end_of_audio) if part.learned else 0
+        no = torch.zeros(length, dtype=torch.bool)
+        is_audio, predicts, learned = no.clone(), no.clone(), no.clone()
+        is_audio[1 : 1 + num_kept] = True
+        learned[0] = part.announced and not unconditional
+        num_targets = num_kept + int(self.end_of_audio) if part.learned else 0
         predicts[:num_targets] = True
-        targets = torch.cat([kept, torch.tensor([num_tokens])])[:num_targets]
-        end = part.latents.new_zeros(1, self.latent_dim)
+        targets = places[1 : 1 + num_targets]
+        latents = part.latents[part.kept]
         # The start is followed by a latent in any clip, so its prediction needs no weight.
-        weight = torch.cat([torch.ones(1), end_weights(num_tokens, kept, self.masking_ratio)])
+        weight = torch.cat([torch.ones(1), end_weights(num_tokens, part.kept, self.masking_ratio)])
         return {
             "input_ids": input_ids,
-            "position_ids": position + torch.cat(offsets),
+            "position_ids": places[:length] + (position + 1),
             "is_null": no,
             "is_audio": is_audio,
             "predicts": predicts,
             "learned": learned,
-            "latents": part.latents[kept],
-            "content_positions": kept,
+            "latents": latents,
+            "content_positions": part.kept,
             "target_positions": targets,
-            "target_latents": torch.cat([part.latents[kept], end])[:num_targets],
+            "target_latents": F.pad(latents, (0, 0, 0, 1))[:num_targets],
             "target_is_end": targets == num_tokens,
             "end_weight": weight[:num_targets],
         }

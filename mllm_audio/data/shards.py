@@ -5,39 +5,39 @@ Layout of a folder that `prepare` writes:
     index.json                 `ShardIndex`: what was asked for, then statistics, counts, checksums;
                                `complete` is false while shards are missing
     rejected.jsonl             {"audio", "reason", "line"} of each manifest row that was left out
-    conversations.jsonl        the conversations, if `prepare` was given some, with their splits
+    conversations.jsonl        the conversations, if `prepare` was given some, with their splits;
+                               of parts, the first keeps all
     shards/00000.safetensors   latents float16 (sum N, D), the clips of the shard one after another
                                offsets int64 (n + 1), clip i is latents[offsets[i] : offsets[i + 1]]
                                num_samples int64 (n), waveform samples of each clip before padding
     shards/00000.jsonl         {"audio", "captions", "split", "extra"} of each clip, in that order
     records/00000.json         what resuming needs to know about the shard; readers ignore it
+    .lock                      held by the process at work
 
 Shard k holds the clips of manifest rows k * shard_size to (k + 1) * shard_size, rejected ones left
-out. Paths in the index are relative to the folder. Checksums are SHA-256 of the whole file.
+out. One of n parts of a manifest (`prepare --shard i/n`) holds every n-th shard, under the numbers
+and names of the whole. Paths in the index are relative to the folder. Checksums are SHA-256 of the
+whole file.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import shlex
-from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from mllm_audio.config import from_dict, to_dict
-from mllm_audio.data.manifest import SPLITS, ManifestRow
-from mllm_audio.files import encode_lines, file_sha256, write_atomic
+from mllm_audio.data.manifest import SPLITS
+from mllm_audio.files import file_sha256, write_atomic
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CROPS = ("head", "random", "reject")
 
 
@@ -85,6 +85,7 @@ class ShardInfo:
     rows_sha256: str  # of the rows beside it
     num_clips: int  # n
     num_tokens: int  # sum of N
+    counts: dict[str, int]  # clips per split
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,13 +96,18 @@ class ShardIndex:
     manifest: str  # path as it was typed
     manifest_sha256: str
     num_rows: int  # of the manifest
+    conversations_sha256: str | None = None  # of conversations.jsonl; None for captions
+    part: int = 1  # of `num_parts`: the folder holds shards part - 1, part - 1 + num_parts, ...
+    num_parts: int = 1  # folders the shards of the manifest are spread over; 1 is all in this one
     tokenizer: TokenizerInfo
     settings: PrepareSettings
     complete: bool = False
-    latent_mean: tuple[float, ...] = ()  # (D,) of the stored train latents
+    latent_mean: tuple[float, ...] = ()  # (D,) of the stored train latents; a part has none
     latent_std: tuple[float, ...] = ()  # (D,) population deviation, 0 for a constant channel
     counts: dict[str, int] = field(default_factory=dict)  # clips per split
     num_rejected: int = 0  # rows named in rejected.jsonl
+    longest_clip: int = 0  # most latents of any clip of any split
+    longest_clip_name: str = ""  # first such clip
     shards: tuple[ShardInfo, ...] = ()
 
     @property
@@ -109,10 +115,23 @@ class ShardIndex:
         """Channels of one latent, D."""
         return self.tokenizer.latent_dim
 
+    @property
+    def part_name(self) -> str:
+        """Part as `prepare --shard` takes it."""
+        return f"{self.part}/{self.num_parts}"
+
+    @property
+    def numbers(self) -> range:
+        """Numbers of the folder's shards."""
+        num_shards = math.ceil(self.num_rows / self.settings.shard_size)
+        return range(self.part - 1, num_shards, self.num_parts)
+
     def command(self, folder: Path) -> str:
         """Phrase the shell command that makes, continues or repairs `folder`."""
         words = ["mllm-audio", "prepare", self.manifest, "--out", str(folder)]
         words += ["--tokenizer", self.tokenizer.spec]
+        if self.num_parts > 1:
+            words += ["--shard", self.part_name]
         for option in fields(self.settings):
             value = getattr(self.settings, option.name)
             if value != option.default:
@@ -168,7 +187,8 @@ def read_index(folder: Path | str, *, allow_incomplete: bool = False) -> ShardIn
 
     Raises:
         FileNotFoundError: if there is none.
-        ValueError: if it is damaged, of another format version, or (unless allowed) not complete.
+        ValueError: if it is damaged, of another format version, or (unless allowed) not complete or
+            only a part.
     """
     path = Path(folder) / "index.json"
     if not path.is_file():
@@ -198,6 +218,11 @@ def read_index(folder: Path | str, *, allow_incomplete: bool = False) -> ShardIn
         raise ValueError(
             f"{folder} is not complete; finish it with `{index.command(Path(folder))}`"
         )
+    if index.num_parts > 1 and not allow_incomplete:
+        raise ValueError(
+            f"{folder} is part {index.part} of {index.num_parts}, expected a whole; join the parts "
+            "with `mllm-audio prepare --merge PART... --out DATA`"
+        )
     return index
 
 
@@ -224,11 +249,12 @@ def load_split(folder: Path | str, split: str, *, verify: bool = True) -> list[P
                 f"{damaged} is missing or differs from its checksum in index.json; repair it with "
                 f"`{index.command(folder)}`"
             )
-        clips += [clip for clip in _read_shard(folder / shard.file) if clip.split == split]
+        clips += [clip for clip in read_shard(folder / shard.file) if clip.split == split]
     return clips
 
 
-def _read_shard(path: Path) -> list[PreparedClip]:
+def read_shard(path: Path) -> list[PreparedClip]:
+    """List the clips of a shard, of every split, latents left on disk; nothing is verified."""
     reader = ShardReader(path)
     offsets, num_samples = reader.read("offsets"), reader.read("num_samples")
     with path.with_suffix(".jsonl").open(encoding="utf-8") as file:
@@ -247,36 +273,9 @@ def _read_shard(path: Path) -> list[PreparedClip]:
         ]
 
 
-def write_shard(
-    folder: Path,
-    number: int,
-    rows: Sequence[ManifestRow],
-    latents: Sequence[Tensor],
-    num_samples: Sequence[int],
-    latent_dim: int,
-) -> ShardInfo:
-    """Write shard `number`: for each row its (N, D) float16 latents and its waveform length."""
-    lengths = torch.tensor([0, *(len(clip) for clip in latents)])
-    tensors = {
-        "latents": torch.cat([torch.empty(0, latent_dim, dtype=torch.float16), *latents]),
-        "offsets": lengths.cumsum(0),
-        "num_samples": torch.tensor(num_samples, dtype=torch.int64),
-    }
-    texts = [
-        {"audio": row.audio, "captions": row.captions, "split": row.split, "extra": row.extra}
-        for row in rows
-    ]
-    file = f"shards/{number:05d}.safetensors"
-    data, lines = save(tensors), encode_lines(texts)
-    write_atomic(folder / file, data)
-    write_atomic((folder / file).with_suffix(".jsonl"), lines)
-    return ShardInfo(
-        file=file,
-        sha256=hashlib.sha256(data).hexdigest(),
-        rows_sha256=hashlib.sha256(lines).hexdigest(),
-        num_clips=len(rows),
-        num_tokens=len(tensors["latents"]),
-    )
+def shard_file(number: int) -> str:
+    """Relative path of shard `number`."""
+    return f"shards/{number:05d}.safetensors"
 
 
 def write_index(folder: Path, index: ShardIndex) -> None:

@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from mllm_audio.data.conversations import Conversation, caption_conversation, parse_conversation
-from mllm_audio.data.dataset import CaptionedClips
+from mllm_audio.data.dataset import CaptionedClips, InMemory
 from mllm_audio.data.layout import Row, Text
 from mllm_audio.data.manifest import read_rows
 from mllm_audio.data.messages import AudioPiece, render, to_row
@@ -24,7 +24,7 @@ from mllm_audio.data.shards import PreparedClip
 
 
 @dataclass(frozen=True)
-class ConversationSource:
+class ConversationSource(InMemory):
     """Conversations as rows.
 
     Raises:
@@ -99,7 +99,7 @@ class ClipConversations(CaptionedClips):
 
 
 @dataclass(frozen=True)
-class TextSource:
+class TextSource(InMemory):
     """Text without audio as rows, mixed in so that a language model keeps what it knew."""
 
     texts: Sequence[Text]
