@@ -11,6 +11,7 @@ import torch
 
 from mllm_audio import backbone as backbones
 from mllm_audio.build import build_voice_on, fit_to_data, seed_weights
+from mllm_audio.claim import RUN_FILE
 from mllm_audio.data.conversations import (
     CONVERSATIONS,
     has_conversations,
@@ -33,9 +34,10 @@ from mllm_audio.generation.voice import Voice
 from mllm_audio.model import AudioLanguageModel, default_device
 from mllm_audio.presets import RunConfig
 from mllm_audio.pretrained import load_backbone, load_text_tokenizer
-from mllm_audio.run import RUN_FILE, Sources, data_facts, train_voice
+from mllm_audio.run import Sources, data_facts, train_voice
 from mllm_audio.tokenizers import load_tokenizer
 from mllm_audio.training.checkpoint import list_checkpoints
+from mllm_audio.training.cluster import Cluster
 
 WINDOW_TOKENS = 1024  # of held-out text at most: the logits of a window are in memory at once
 REPLAY_TOKENS = 128  # of a block of replayed text: about as long as a conversation
@@ -65,6 +67,7 @@ def train_added_voice(
     *,
     replay: Path | None = None,
     held_out: Path | None = None,
+    cluster: Cluster | None = None,
 ) -> tuple[Voice, TextDrift | None]:
     """Train a voice on `config.base` with a folder that `prepare` wrote, or resume `out`.
 
@@ -74,6 +77,7 @@ def train_added_voice(
         out: folder of the run.
         replay: JSON lines of text mixed into training, `data.replay_share` of each batch.
         held_out: text to measure the perplexity on, before and after.
+        cluster: who trains together.
 
     Returns:
         The voice with averaged weights, and the text drift where `held_out` was given; it is also
@@ -91,10 +95,13 @@ def train_added_voice(
         raise ValueError("found a replay file and data.replay_share=0; set it above 0")
     index = read_index(data)
     clips = load_clips(data)
-    config = fit_to_data(config, index, list(clips.values()), data)
+    config = fit_to_data(config, index, data)
     voice = build_voice_on(config, index)
     sources = _sources(voice, data, clips, replay)
-    voice = train_voice(config, voice, sources, out, _facts(voice, index, data, replay))
+    facts = _facts(voice, index, data, replay)
+    voice = train_voice(config, voice, sources, out, facts, cluster)
+    if cluster is not None and not cluster.world.is_first:
+        return voice, None  # the first process reports
     if texts is None:
         (out / DRIFT_FILE).unlink(missing_ok=True)  # of earlier weights
         return voice, None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import (
     AutoModelForCausalLM,
@@ -97,6 +97,12 @@ def from_hf_config(config: PretrainedConfig, dtype: torch.dtype = torch.float32)
     return AutoModelForCausalLM.from_config(
         config, attn_implementation="sdpa", dtype=dtype, trust_remote_code=False
     )
+
+
+def blocks(backbone: PreTrainedModel) -> nn.ModuleList:
+    """Find the decoder's blocks, whatever the family calls them."""
+    lists = [m for m in backbone.base_model.modules() if isinstance(m, nn.ModuleList)]
+    return max(lists, key=lambda modules: sum(p.numel() for p in modules.parameters()))
 
 
 def embedding_scale(backbone: PreTrainedModel) -> float:

@@ -206,6 +206,8 @@ class Checkpointed(nn.Module):
         folder: Path | str,
         base: str | None = None,
         dtype: torch.dtype = torch.float32,
+        *,
+        merge: bool = True,
     ) -> Self:
         """Load a checkpoint strictly, or an adapter merged into its base.
 
@@ -213,6 +215,7 @@ class Checkpointed(nn.Module):
             folder: what `save_pretrained`, `save_adapter` or `mllm-audio train` wrote.
             base: where an adapter's base model is now, if it moved.
             dtype: of the backbone's weights.
+            merge: false leaves an adapter beside its base.
 
         Raises:
             ValueError: if the folder is no such checkpoint, the base is another one, or tensors
@@ -220,7 +223,8 @@ class Checkpointed(nn.Module):
         """
         folder = Path(folder)
         if folders.is_adapter(folder):
-            return cls._from_adapter(folder, base, dtype).merge()
+            model = cls._from_adapter(folder, base, dtype)
+            return model.merge() if merge else model
         if base is not None:
             raise ValueError(f"{folder} stands alone, it has no base model; leave --base out")
         audio = folders.read_audio_config(folder)

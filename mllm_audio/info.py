@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mllm_audio.build import build_model, count_parameters, special_tokenizer
+import torch
+from transformers import PreTrainedModel
+
+from mllm_audio.backbone import build_backbone
+from mllm_audio.build import count_parameters, special_tokenizer
 from mllm_audio.generation.voice import Voice
 from mllm_audio.model import AudioLanguageModel
-from mllm_audio.presets import PRESETS, get_preset
+from mllm_audio.presets import PRESETS, RunConfig, get_preset
 
 
 def describe(name: str, base: str | None = None) -> str:
@@ -25,21 +29,32 @@ def describe(name: str, base: str | None = None) -> str:
         raise ValueError(
             f"found neither a folder nor a preset {name!r}; presets: {', '.join(PRESETS)}"
         )
-    config = get_preset(name)
+    return table(sketch(get_preset(name)), f"preset {name}, {VOCABULARY}")
+
+
+VOCABULARY = "text tokens are bytes; a run adds its captions' words"
+
+
+def sketch(config: RunConfig) -> AudioLanguageModel:
+    """Build a configuration's model without memory for its weights, on the meta device.
+
+    Raises:
+        ValueError: if the backbone is a trained language model's.
+    """
     if config.backbone is None:
         raise ValueError(
-            f"preset {name!r} is for a trained language model, whose size it takes; type  "
+            f"preset {config.preset!r} is for a trained language model, whose size it takes; type  "
             "mllm-audio add-voice BASE --out DIR, then  mllm-audio info DIR"
         )
-    vocabulary = len(special_tokenizer())
-    origin = f"preset {name}, {vocabulary} text tokens (bytes; a run adds its captions' words)"
-    return table(build_model(config, vocabulary), origin)
+    with torch.device("meta"):
+        backbone = build_backbone(config.backbone, len(special_tokenizer()))
+        return AudioLanguageModel(backbone, config.audio)
 
 
 def table(model: AudioLanguageModel, origin: str) -> str:
     """Lay the parameter counts out, with the clip length and head in words."""
     audio = model.audio.config
-    counts = count_parameters(model)
+    counts = count_components(model)
     width = max(map(len, counts))
     lines = [
         origin,
@@ -49,3 +64,28 @@ def table(model: AudioLanguageModel, origin: str) -> str:
         *(f"{component:<{width}}  {count:>13,}" for component, count in counts.items()),
     ]
     return "\n".join(lines)
+
+
+def count_components(model: AudioLanguageModel) -> dict[str, int]:
+    """Count parameters per part of the backbone and of the audio modules, then their "total"."""
+    counts = count_parameters(model)
+    del counts["backbone"]
+    return {**_backbone_parts(model.backbone), **counts}
+
+
+def _backbone_parts(backbone: PreTrainedModel) -> dict[str, int]:
+    """Tell blocks from what stands before and behind them."""
+    text = backbone.get_input_embeddings().weight
+    logits = {id(p) for p in backbone.get_output_embeddings().parameters()}
+    counts: dict[str, int] = {}
+    for name, parameter in backbone.named_parameters():
+        if any(part.isdigit() for part in name.split(".")):
+            part = "blocks"
+        elif parameter is text:
+            part = "text"
+        elif id(parameter) in logits:
+            part = "text_logits"
+        else:
+            part = "positions" if parameter.dim() == 2 else "final_norm"
+        counts[f"backbone.{part}"] = counts.get(f"backbone.{part}", 0) + parameter.numel()
+    return counts

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Cache
 
 from mllm_audio import backbone as backbones
 from mllm_audio.checkpointed import Checkpointed
 from mllm_audio.modality import pad_rows
-from mllm_audio.types import Batch, Losses
+from mllm_audio.types import Batch, Losses, StepCounts
 
 
 def default_device() -> torch.device:
@@ -54,42 +53,38 @@ class AudioLanguageModel(Checkpointed):
         )
         return embeds + added
 
-    def forward(self, batch: Batch, generator: torch.Generator | None = None) -> Losses:
+    def forward(
+        self,
+        batch: Batch,
+        generator: torch.Generator | None = None,
+        counts: StepCounts | None = None,
+    ) -> Losses:
         """Compute the training losses of a batch.
 
         Every trained parameter takes part in every step, also when the batch holds no audio or no
-        text to learn, so that data-parallel ranks never wait for each other's gradients.
+        text to learn, so that data-parallel processes never wait for each other's gradients.
+
+        Args:
+            batch: rows of text and audio.
+            generator: of the noise in the head's loss.
+            counts: what the losses are means over; by default what the batch holds. With those of
+                a step of many micro-batches, its loss is the sum over them.
 
         Raises:
             ValueError: if a row is longer than the backbone's positions.
         """
         backbones.check_positions(self.backbone, batch.position_ids)
+        counts = counts or batch.counts
         hidden_states = backbones.run(
             self.backbone, self.embed(batch), batch.position_ids, segment_ids=batch.segment_ids
         ).float()  # (B, T, H)
-        zero = hidden_states.new_zeros(())
-        text, audio, end, per_latent = zero, zero, zero, hidden_states.new_zeros(0)
-        idle: list[nn.Parameter] = []  # what this batch has no use for
-        says = batch.text_labels >= 0  # (B, T)
-        if bool(says.any()):
-            labels = batch.text_labels[says]  # (L,)
-            logits = self.text_logits(pad_rows(hidden_states[says]))[: len(labels)]  # (L, V)
-            text = F.cross_entropy(logits.float(), labels)
-        else:
-            idle += self._text_parameters()
+        text = self._text_loss(hidden_states, batch.text_labels) / max(1, counts.words)
         predicted = hidden_states[batch.predicts]  # (P, H)
-        has_latent = ~batch.target_is_end  # (P,)
-        if bool(has_latent.any()):
-            targets = batch.target_latents[has_latent]
-            per_latent = self.audio.loss(predicted[has_latent], targets, generator)
-            audio = per_latent.mean()
-            end = self.audio.end_loss(predicted, batch.target_is_end, batch.end_weight).mean()
-        else:
-            idle += list(self.audio.parameters())
+        per_latent, ends = self._audio_losses(predicted, batch, hidden_states[0, :1], generator)
+        audio = per_latent.sum() / max(1, counts.latents)
+        end = ends.sum() / max(1, counts.targets)
         config = self.audio.config
         total = audio + config.end_loss_weight * end + config.text_loss_weight * text
-        if idle:
-            total = total + 0.0 * (sum(p.sum() for p in idle) + hidden_states.sum())
         return Losses(
             total=total,
             text=text.detach(),
@@ -98,13 +93,37 @@ class AudioLanguageModel(Checkpointed):
             per_latent=per_latent.detach(),
         )
 
-    def _text_parameters(self) -> Iterable[nn.Parameter]:
-        """List the trained parameters that only text to learn reaches."""
-        rows = self.special_rows
-        if rows is None and backbones.is_tied(self.backbone):
-            return []
-        holder = self.backbone.get_output_embeddings() if rows is None else rows
-        return [p for p in holder.parameters() if p.requires_grad]
+    def _text_loss(self, hidden_states: Tensor, text_labels: Tensor) -> Tensor:
+        """Sum the cross-entropy of (B, T) labels under (B, T, H) states; -100 is not learned."""
+        says = text_labels >= 0  # (B, T)
+        if bool(says.any()):
+            labels = text_labels[says]  # (L,)
+            logits = self.text_logits(pad_rows(hidden_states[says]))[: len(labels)]  # (L, V)
+            return F.cross_entropy(logits.float(), labels, reduction="sum")
+        if self.special_rows is None and backbones.is_tied(self.backbone):
+            return hidden_states.new_zeros(())  # the one table was reached through the input
+        return 0.0 * self.text_logits(hidden_states[0, :1]).float().sum()
+
+    def _audio_losses(
+        self, predicted: Tensor, batch: Batch, spare: Tensor, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor]:
+        """Score what (P, H) states predict: (L,) losses of latents, (P,) of the end.
+
+        A batch without audio to learn scores nothing, by way of the (1, H) spare state: the modules
+        must run in every process, or ZeRO waits for them for ever.
+        """
+        has_latent = ~batch.target_is_end  # (P,)
+        if bool(has_latent.any()):
+            targets = batch.target_latents[has_latent]
+            per_latent = self.audio.loss(predicted[has_latent], targets, generator)
+            ends = self.audio.end_loss(predicted, batch.target_is_end, batch.end_weight)
+            return per_latent, ends
+        nothing = spare.new_zeros(1, self.audio.config.latent_dim)
+        per_latent = 0.0 * self.audio.loss(spare, nothing, generator)
+        ends = 0.0 * self.audio.end_loss(
+            spare, spare.new_zeros(1, dtype=torch.bool), spare.new_ones(1)
+        )
+        return per_latent, ends
 
     def step(
         self,

@@ -7,46 +7,30 @@ and `checkpoints/`.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mllm_audio.build import build_voice, check_prompt_lengths, fit_to_data
-from mllm_audio.config import read_json, to_dict
-from mllm_audio.data.conversations import has_conversations
-from mllm_audio.data.dataset import CaptionedClips, RowSource, TrainingData
-from mllm_audio.data.shards import ShardIndex, load_split, read_index
-from mllm_audio.files import write_atomic
+from mllm_audio.claim import claimed
+from mllm_audio.data.dataset import RowSource, TrainingData
+from mllm_audio.data.remote import is_url, open_folder
+from mllm_audio.data.shards import ShardIndex
+from mllm_audio.data.stream import ClipStream, ShardedClips, captions
 from mllm_audio.generation.voice import Voice
 from mllm_audio.masking import MaskingConfig
 from mllm_audio.presets import RunConfig
 from mllm_audio.text import SpecialIds
-from mllm_audio.training.engine import SingleProcessEngine
+from mllm_audio.training.checkpoint import read_weights
+from mllm_audio.training.cluster import Cluster
 from mllm_audio.training.trainer import train
 
-RUN_FILE = "run.json"
-# A resumed run may be lengthened, watched or (`generation.`) sampled differently, or continued past
-# numbers that stopped it; anything else would make it another run.
-MAY_CHANGE = (
-    "base",  # may have moved; its fingerprint may not differ
-    "train.num_steps",
-    "train.max_minutes",
-    "train.log_every",
-    "train.validate_every",
-    "train.save_every",
-    "train.keep_checkpoints",
-    "train.max_abs_latent",
-    "train.optim.lr",
-)
 
-
-def train_run(config: RunConfig, data: Path, out: Path) -> Voice:
-    """Train on a folder that `prepare` wrote, resuming `out` if it holds the same run.
+def train_run(
+    config: RunConfig, data: Path | str, out: Path, cluster: Cluster | None = None
+) -> Voice:
+    """Train on a folder or URL of what `prepare` wrote, resuming `out` if it holds the same run.
 
     Returns:
         The voice with averaged weights, as exported to `out`.
@@ -59,21 +43,21 @@ def train_run(config: RunConfig, data: Path, out: Path) -> Voice:
             f"preset {config.preset!r} is for a trained language model; type  mllm-audio add-voice "
             "BASE --data DATA --out RUN"
         )
-    if has_conversations(data):
+    folder = open_folder(data, config.data)
+    if folder.has_conversations():
         raise ValueError(
             f"{data} holds conversations, which need a trained language model; type  mllm-audio "
-            f"add-voice BASE --data {data} --out {out}"
+            f"add-voice BASE --data {'FOLDER' if is_url(data) else data} --out {out}"
         )
-    index = read_index(data)
-    clips, validation = load_split(data, "train"), load_split(data, "validation", verify=False)
-    config = fit_to_data(config, index, clips + validation, data)
-    voice = build_voice(config, index, clips)
-    check_prompt_lengths(voice, clips + validation)
-    sources = Sources(
-        train=CaptionedClips(clips, voice.text_tokenizer),
-        validation=CaptionedClips(validation, voice.text_tokenizer),
+    config = fit_to_data(config, folder.index, data)
+    voice = build_voice(config, folder.index, captions(folder, ["train"]))
+    check_prompt_lengths(voice, captions(folder, ["train", "validation"]))
+    clips, held_out = (
+        ShardedClips(ClipStream(folder, split, config.data.shuffle_shards), voice.text_tokenizer)
+        for split in ("train", "validation")
     )
-    return train_voice(config, voice, sources, out, data_facts(index))
+    sources = Sources(train=clips, validation=held_out)
+    return train_voice(config, voice, sources, out, data_facts(folder.index), cluster)
 
 
 @dataclass(frozen=True)
@@ -86,7 +70,12 @@ class Sources:
 
 
 def train_voice(
-    config: RunConfig, voice: Voice, sources: Sources, out: Path, facts: dict[str, Any]
+    config: RunConfig,
+    voice: Voice,
+    sources: Sources,
+    out: Path,
+    facts: dict[str, Any],
+    cluster: Cluster | None = None,
 ) -> Voice:
     """Train `voice` in place in the folder `out`, resuming what is there.
 
@@ -96,19 +85,20 @@ def train_voice(
         sources: rows to train on.
         out: folder of the run.
         facts: what is trained on, kept in run.json beside the configuration.
+        cluster: who trains together.
 
     Returns:
         The voice with averaged weights, as exported to `out`.
     """
-    engine = SingleProcessEngine(
-        voice.model, config.train.optim, config.train.ema_decay, config.train.precision
-    )
+    cluster = cluster or Cluster()
+    engine = cluster.engine(voice.model, config.train)
     training = TrainingData(
         source=sources.train,
         special=SpecialIds.of(voice.text_tokenizer),
         masking=config.masking,
         config=config.data,
         batch_size=config.train.batch_size,
+        micro_batch_size=config.train.rows_at_once(cluster.world.size),
         seed=config.train.seed,
         end_of_audio=config.audio.end_of_audio,
         replay=sources.replay,
@@ -121,11 +111,10 @@ def train_voice(
         config=replace(config.data, unconditional_share=0.0),
     )
 
-    def export() -> None:
-        voice.save(out, engine.ema.state_dict(voice.model))
+    def export(checkpoint: Path) -> None:
+        voice.save(out, read_weights(checkpoint))
 
-    out.mkdir(parents=True, exist_ok=True)
-    with claimed(out, config, facts):
+    with claimed(out, config, facts, cluster.world):
         train(
             engine, training, unmasked if len(unmasked.source) else None, config.train, out, export
         )
@@ -140,48 +129,3 @@ def data_facts(index: ShardIndex) -> dict[str, Any]:
         "data_counts": index.counts,
         "data_sha256": hashlib.sha256(shards.encode()).hexdigest(),
     }
-
-
-@contextmanager
-def claimed(out: Path, config: RunConfig, facts: dict[str, Any]) -> Iterator[None]:
-    """Hold RUN for this process, with RUN/run.json written or checked to be this run.
-
-    Raises:
-        ValueError: if another process is training there, or naming the settings that differ.
-    """
-    path = out / RUN_FILE
-    values = json.loads(json.dumps({**to_dict(config), **facts}))
-    with (out / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(
-                f"another process is training in {out}; wait for it, or type another --out"
-            ) from error
-        if path.is_file():
-            before, now = flat(read_json(path, "type another --out")), flat(values)
-            differ = [
-                key
-                for key in sorted(before | now)
-                if before.get(key) != now.get(key)
-                and key not in MAY_CHANGE
-                and not key.startswith("generation.")
-            ]
-            if differ:
-                shown = ", ".join(f"{k} {before.get(k)} -> {now.get(k)}" for k in differ[:3])
-                raise ValueError(
-                    f"{out} holds another run ({shown}); type another --out, or delete that folder"
-                )
-        write_atomic(path, (json.dumps(values, indent=2) + "\n").encode())
-        yield
-
-
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten nested dicts to `section.key` names."""
-    result: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            result |= flat(value, f"{prefix}{key}.")
-        else:
-            result[prefix + key] = value
-    return result

@@ -20,6 +20,22 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
+class StepCounts:
+    """How much a batch, or an optimizer step over all processes, holds."""
+
+    rows: int = 0
+    elements: int = 0  # text ids and audio tokens that enter the backbone, without padding
+    latents: int = 0  # predicted
+    targets: int = 0  # predicted latents and ends
+    words: int = 0  # learned text ids
+
+    def __add__(self, other: StepCounts) -> StepCounts:
+        """Count two batches together."""
+        sums = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
+        return StepCounts(**sums)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Batch:
     """An interleaved batch: text ids beside continuous latents.
 
@@ -44,7 +60,20 @@ class Batch:
     target_is_end: Tensor  # (P,) bool, the target is `<|audio_end|>`
     end_weight: Tensor  # (P,) float, importance weight of "is the target the end?" under masking
     masking_ratio: float  # share of latents dropped from each row
-    names: tuple[str, ...]  # (B,) where each row came from, for error messages
+    names: tuple[str, ...]  # one per row, before packing: where it came from
+    num_elements: int  # of all rows, without padding
+
+    @property
+    def counts(self) -> StepCounts:
+        """Count what the batch holds."""
+        ends = int(self.target_is_end.sum())
+        return StepCounts(
+            rows=len(self.names),
+            elements=self.num_elements,
+            latents=len(self.target_is_end) - ends,
+            targets=len(self.target_is_end),
+            words=int((self.text_labels >= 0).sum()),
+        )
 
     def to(self, device: torch.device | str) -> Batch:
         """Move every tensor to `device`."""

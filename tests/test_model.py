@@ -66,6 +66,7 @@ def plain_ntp_batch(tokenizer, special, rows) -> Batch:
         end_weight=torch.ones(sum(len(a.latents) + 1 for _, a in rows)),
         masking_ratio=0.0,
         names=("a", "b", "c"),
+        num_elements=0,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -15,12 +16,21 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import test_run_config
+from safetensors.torch import save_file
 
 from mllm_audio.config import override
 from mllm_audio.data.shards import load_split
 from mllm_audio.generation.voice import Voice
 from mllm_audio.run import train_run
-from mllm_audio.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from mllm_audio.training.checkpoint import (
+    KINDS,
+    Shard,
+    fill_shards,
+    list_checkpoints,
+    read_state,
+    read_weights,
+    save_checkpoint,
+)
 from mllm_audio.training.ema import EMA
 from mllm_audio.training.log import read_log
 from mllm_audio.training.optim import OptimConfig, build_optimizer, learning_rate
@@ -37,6 +47,12 @@ CONFIG = replace(
 
 def losses(run: Path) -> list[float]:
     return [r["train/audio_loss"] for r in read_log(run) if "train/audio_loss" in r]
+
+
+def tensors(run: Path) -> dict[str, torch.Tensor]:
+    """Read all that the newest checkpoint holds: weights, averages, moments, buffers."""
+    checkpoint = list_checkpoints(run)[-1]
+    return {f"{k}/{n}": v for k in KINDS for n, v in read_weights(checkpoint, k).items()}
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +79,7 @@ def test_a_lengthened_run_has_the_losses_and_weights_of_an_uninterrupted_one(pre
     assert len(losses(parts)) == 7
     train_run(constant, prepared, parts)
     assert losses(parts) == losses(whole)
-    first, _ = load_checkpoint(list_checkpoints(whole)[-1])
-    second, _ = load_checkpoint(list_checkpoints(parts)[-1])
+    first, second = tensors(whole), tensors(parts)
     assert first.keys() == second.keys()
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
@@ -103,10 +118,10 @@ def test_interrupt_saves_the_step_it_stopped_after(prepared, uninterrupted, tmp_
 
     original = trainer.check_finite
 
-    def interrupt_at_three(result, batch, step):
+    def interrupt_at_three(result, batches, step):
         if step == 3:
             os.kill(os.getpid(), signal.SIGINT)
-        original(result, batch, step)
+        original(result, batches, step)
 
     monkeypatch.setattr(trainer, "check_finite", interrupt_at_three)
     with pytest.raises(KeyboardInterrupt, match="stopped after step 4"):
@@ -115,8 +130,7 @@ def test_interrupt_saves_the_step_it_stopped_after(prepared, uninterrupted, tmp_
     monkeypatch.setattr(trainer, "check_finite", original)
     train_run(CONFIG, prepared, tmp_path)
     assert losses(tmp_path) == losses(uninterrupted)
-    first, _ = load_checkpoint(list_checkpoints(uninterrupted)[-1])
-    second, _ = load_checkpoint(list_checkpoints(tmp_path)[-1])
+    first, second = tensors(uninterrupted), tensors(tmp_path)
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
@@ -140,9 +154,8 @@ def test_a_nan_stops_with_the_file_names_and_leaves_the_weights(prepared, tmp_pa
         TrainingStoppedError, match=r"step 3: loss nan.* on: \d+.wav, .*lower train"
     ):
         train_run(override(CONFIG, ["train.save_every=1"]), prepared, tmp_path)
-    tensors, state = load_checkpoint(list_checkpoints(tmp_path)[-1])
-    assert state["step"] == 2
-    assert all(bool(torch.isfinite(value).all()) for value in tensors.values())
+    assert read_state(list_checkpoints(tmp_path)[-1])["step"] == 2
+    assert all(bool(torch.isfinite(value).all()) for value in tensors(tmp_path).values())
     monkeypatch.setattr(AudioModality, "loss", original)
     advised = ["train.save_every=1", "train.optim.lr=1e-4"]  # what the message says to try
     train_run(override(CONFIG, advised), prepared, tmp_path)
@@ -202,28 +215,68 @@ def train_and_return(config, data, run):
     return run
 
 
+def save_ones(run: Path, step: int, keep: int = 2) -> None:
+    shards = {"weight/a": Shard(0, torch.ones(6))}
+    state = {"step": step, "shapes": {"a": [3, 2]}}
+    save_checkpoint(run, step, shards, {"b": torch.zeros(1)}, state, keep)
+
+
 def test_a_checkpoint_appears_whole_or_not_at_all(tmp_path, monkeypatch):
-    save_checkpoint(tmp_path, 1, {"a": torch.ones(3)}, {"step": 1}, keep=2)
+    latest = tmp_path / "checkpoints" / "latest"
+    save_ones(tmp_path, 1)
     monkeypatch.setattr(
         "mllm_audio.training.checkpoint.save_file",
         lambda *_: (_ for _ in ()).throw(OSError("No space left on device")),
     )
     with pytest.raises(OSError, match="No space left on device; the previous one is intact"):
-        save_checkpoint(tmp_path, 2, {"a": torch.ones(3)}, {"step": 2}, keep=2)
+        save_ones(tmp_path, 2)
     monkeypatch.undo()
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000001"]
+    assert sorted(path.name for path in latest.parent.iterdir()) == ["latest", "step-00000001"]
+    assert latest.read_text() == "step-00000001\n"
+    (latest.parent / "step-00000002.partial").mkdir()  # a kill may leave this behind
     for step in (2, 3):
-        save_checkpoint(tmp_path, step, {"a": torch.ones(3)}, {"step": step}, keep=2)
+        save_ones(tmp_path, step)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000002", "step-00000003"]
+    assert not list(latest.parent.glob("*.partial"))
+    assert latest.read_text() == "step-00000003\n"
     (list_checkpoints(tmp_path)[-1] / "state.json").write_text("{")
     with pytest.raises(ValueError, match=re.escape("delete it to resume the one before")):
-        load_checkpoint(list_checkpoints(tmp_path)[-1])
+        read_state(list_checkpoints(tmp_path)[-1])
+
+
+def test_parts_of_any_cut_are_put_together_again(tmp_path):
+    values = torch.arange(10.0)
+    for cuts in ([0, 10], [0, 3, 10], [0, 1, 2, 9, 10]):
+        run = tmp_path / str(len(cuts))
+        save_checkpoint(
+            run, 1, {}, {"b": torch.ones(2)}, {"shapes": {"a": [5, 2], "c": [1]}}, keep=1
+        )
+        folder = list_checkpoints(run)[0]
+        for rank, (start, stop) in enumerate(itertools.pairwise(cuts)):
+            part = {f"average/a@{start}": values[start:stop].clone()}
+            if rank == 0:
+                part |= {"average/c@0": torch.tensor([7.0]), "buffer/b": torch.ones(2)}
+            save_file(part, folder / f"rank-{rank:05d}.safetensors")
+        whole = read_weights(folder)
+        assert torch.equal(whole["a"], values.view(5, 2))
+        assert torch.equal(whole["c"], torch.tensor([7.0]))
+        assert torch.equal(whole["b"], torch.ones(2))
+        middle = Shard(2, torch.zeros(5))
+        fill_shards(folder, {"average/a": middle})
+        assert torch.equal(middle.values, values[2:7])
+    (folder / "rank-00002.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"holds 3 of 10 elements of average/a, expected all"):
+        read_weights(folder)
+    (folder / "rank-00001.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(ValueError, match=r"step-00000001 cannot be read .*; delete it to resume"):
+        read_weights(folder)
 
 
 def test_averages_follow_their_closed_form():
     model = torch.nn.Linear(2, 1)
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
-    ema = EMA(model, decay=0.9)
+    ema = EMA({name: p.detach() for name, p in model.named_parameters()}, decay=0.9)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(1.0)
@@ -276,23 +329,24 @@ def test_an_epoch_holds_every_clip_once_and_masks_change_with_it(prepared, text_
         batch_size=3,
         seed=0,
     )
-    assert sorted(i for batch in data.epoch(0) for i in batch) == list(range(len(clips)))
-    assert data.epoch(0) == data.epoch(0)
-    assert data.epoch(0) != data.epoch(1)
+    first_epoch = list(data.epoch(0))
+    assert sorted(i for batch in first_epoch for i in batch) == list(range(len(clips)))
+    assert first_epoch == list(data.epoch(0))
+    assert first_epoch != list(data.epoch(1))
     steps = data.steps(0)
-    first = [next(steps) for _ in range(5)]
-    again = next(data.steps(4))
+    first = [batch for _ in range(5) for batch in next(steps)]
+    (again,) = next(data.steps(4))
     assert torch.equal(first[4].latents, again.latents)
     assert first[4].names == again.names
     assert {batch.masking_ratio for batch in first} == {0.5}
 
 
 def test_the_exported_voice_is_the_averaged_model(uninterrupted):
-    tensors, _ = load_checkpoint(list_checkpoints(uninterrupted)[-1])
+    found = tensors(uninterrupted)
     voice = Voice.load(uninterrupted)
-    average = tensors["ema.audio.latent_proj.weight"]
+    average = found["average/audio.latent_proj.weight"]
     assert torch.equal(voice.model.audio.latent_proj.weight, average)
-    assert not torch.equal(average, tensors["model.audio.latent_proj.weight"])
+    assert not torch.equal(average, found["weight/audio.latent_proj.weight"])
 
 
 def test_log_goes_to_jsonl_and_tensorboard(uninterrupted):

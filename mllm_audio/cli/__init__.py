@@ -12,7 +12,7 @@ import traceback
 
 import click
 
-from mllm_audio.cli import data, train, use  # noqa: F401  registers their commands
+from mllm_audio.cli import bench, data, plan, train, use  # noqa: F401  registers their commands
 from mllm_audio.cli.group import cli
 
 

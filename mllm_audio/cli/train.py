@@ -6,21 +6,29 @@ from pathlib import Path
 
 import click
 
-from mllm_audio.cli.group import BASE, PATH, cli
+from mllm_audio.cli.group import BASE, COUNT, DEEPSPEED, PATH, cli
 
 
 @cli.command()
 @click.option("--preset", required=True, help="Name of a preset; `mllm-audio info NAME` shows one.")
 @click.option("--data", type=PATH, required=True, help="Folder that prepare wrote.")
 @click.option("--out", type=PATH, required=True, help="Folder of the run.")
+@DEEPSPEED
 @click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]...")
-def train(preset: str, data: Path, out: Path, overrides: tuple[str, ...]) -> None:
+def train(
+    preset: str, data: Path, out: Path, deepspeed: Path | None, overrides: tuple[str, ...]
+) -> None:
     """Train a preset; the same command again resumes where it stopped."""
     from mllm_audio.config import override
     from mllm_audio.presets import get_preset
     from mllm_audio.run import train_run
+    from mllm_audio.training.cluster import joined_cluster
 
-    train_run(override(get_preset(preset), overrides), data, out)
+    config = override(get_preset(preset), overrides)
+    with joined_cluster(deepspeed, config.train) as cluster:
+        train_run(config, data, out, cluster)
+        if not cluster.world.is_first:
+            return
     click.echo(f'trained: type  mllm-audio generate {out} "YOUR CAPTION" --out sound.wav')
 
 
@@ -46,6 +54,7 @@ def train(preset: str, data: Path, out: Path, overrides: tuple[str, ...]) -> Non
     help="JSONL of {text}, or a .txt: report its perplexity under BASE and the voice.",
 )
 @click.option("--preset", default="voice", show_default=True, help="voice or voice_digits.")
+@DEEPSPEED
 @click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]...")
 def add_voice(
     base: str,
@@ -56,6 +65,7 @@ def add_voice(
     replay: Path | None,
     held_out_text: Path | None,
     preset: str,
+    deepspeed: Path | None,
     overrides: tuple[str, ...],
 ) -> None:
     """Give the language model BASE (a folder or hub id) a voice, and train it on DATA.
@@ -66,6 +76,7 @@ def add_voice(
     from mllm_audio.add_voice import train_added_voice, voice_config
     from mllm_audio.config import override
     from mllm_audio.presets import get_preset
+    from mllm_audio.training.cluster import joined_cluster
 
     made = voice_config(get_preset(preset), base, lora=lora, full=full)
     config = override(made, overrides)
@@ -79,7 +90,12 @@ def add_voice(
             f"untrained voice in {out}: type  mllm-audio add-voice {base} --data DATA --out RUN"
         )
         return
-    _, drift = train_added_voice(config, data, out, replay=replay, held_out=held_out_text)
+    with joined_cluster(deepspeed, config.train) as cluster:
+        _, drift = train_added_voice(
+            config, data, out, replay=replay, held_out=held_out_text, cluster=cluster
+        )
+        if not cluster.world.is_first:
+            return
     if drift is not None:
         click.echo(str(drift))
     click.echo(f"trained: type  mllm-audio chat {out}")
@@ -95,3 +111,23 @@ def merge(run: Path, out: Path, base: str | None) -> None:
 
     write_merged(run, out, base)
     click.echo(out)
+
+
+@cli.command()
+@click.argument("run", type=PATH)
+@click.option("--out", type=PATH, required=True, help="New folder.")
+@click.option(
+    "--weights",
+    type=click.Choice(["ema", "raw"]),
+    default="ema",
+    show_default=True,
+    help="The averages, or the weights of the last step.",
+)
+@click.option("--step", type=COUNT, help="Of the checkpoint; by default the newest.")
+@BASE
+def export(run: Path, out: Path, weights: str, step: int | None, base: str | None) -> None:
+    """Write a checkpoint of RUN, from any number of processes, as a Hugging Face folder."""
+    from mllm_audio.export import export as write_export
+
+    checkpoint = write_export(run, out, weights, step, base)
+    click.echo(f"{out}: {weights} weights of {checkpoint}")

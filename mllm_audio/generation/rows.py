@@ -113,4 +113,5 @@ def text_batch(
         end_weight=torch.ones(count, device=input_ids.device),
         masking_ratio=0.0,
         names=(),
+        num_elements=input_ids.numel(),
     )

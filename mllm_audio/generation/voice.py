@@ -40,19 +40,20 @@ class Voice:
     defaults: GenerationConfig
 
     @classmethod
-    def load(cls, folder: Path | str, base: str | None = None) -> Voice:
+    def load(cls, folder: Path | str, base: str | None = None, *, merge: bool = True) -> Voice:
         """Load a folder that `mllm-audio train`, `add-voice` or `save` wrote.
 
         Args:
             folder: a checkpoint, or an adapter, which is merged into its base model.
             base: where an adapter's base model is now, if it moved.
+            merge: false leaves an adapter beside its base model.
 
         Raises:
             ValueError: if the folder is no such checkpoint, or its audio tokenizer is not the one
                 the model was trained with.
         """
         folder = Path(folder)
-        model = AudioLanguageModel.from_pretrained(folder, base).to(default_device())
+        model = AudioLanguageModel.from_pretrained(folder, base, merge=merge).to(default_device())
         if model.text_tokenizer is None:
             raise ValueError(f"{folder} has no text tokenizer; restore its tokenizer.json")
         audio_tokenizer = load_tokenizer(model.audio.config.tokenizer)

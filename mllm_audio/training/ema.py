@@ -2,41 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class EMA:
-    """Average every trained parameter of a model.
+    """Average the master weights that this process keeps; no message is exchanged.
 
     Early on the decay is (1 + step) / (10 + step), so that a short run does not average in its
     random start.
+
+    Attributes:
+        averages: by name, float32, the shape of each master.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(
+        self, masters: dict[str, Tensor], decay: float, publish: Callable[[], None] | None = None
+    ) -> None:
+        """Start at the weights.
+
+        Args:
+            masters: float32 weights by name, updated in place by the optimizer.
+            decay: in [0, 1].
+            publish: brings changed masters into the model, where it computes with copies.
+        """
         self.decay = decay
-        self.parameters = {k: p for k, p in model.named_parameters() if p.requires_grad}
-        self.averages = {k: p.detach().float().clone() for k, p in self.parameters.items()}
+        self.masters = masters
+        self.publish = publish or (lambda: None)
+        self.averages = {name: master.detach().clone() for name, master in masters.items()}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Move the averages towards the weights after optimizer step `step` (from 0)."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        current = [p.detach().float() for p in self.parameters.values()]
-        torch._foreach_lerp_(list(self.averages.values()), current, 1 - decay)
-
-    def state_dict(self, model: nn.Module) -> dict[str, Tensor]:
-        """Return the model's state dict with averaged weights in place of trained ones."""
-        state = model.state_dict()
-        return state | {k: v.to(state[k].dtype) for k, v in self.averages.items()}
+        masters = [master.detach() for master in self.masters.values()]
+        if masters:  # a process may keep none
+            torch._foreach_lerp_(list(self.averages.values()), masters, 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Put the averages into the model for the duration of a `with` block."""
-        kept = {name: p.detach().clone() for name, p in self.parameters.items()}
+        kept = {name: master.detach().clone() for name, master in self.masters.items()}
         try:
             self._copy(self.averages)
             yield
@@ -45,5 +54,6 @@ class EMA:
 
     @torch.no_grad()
     def _copy(self, values: dict[str, Tensor]) -> None:
-        for name, parameter in self.parameters.items():
-            parameter.copy_(values[name])
+        for name, master in self.masters.items():
+            master.copy_(values[name])
+        self.publish()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -39,7 +40,14 @@ class OptimConfig:
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """Build AdamW with weight decay on the matrices of backbone and embeddings only.
+    """Build AdamW on the groups of a model."""
+    return torch.optim.AdamW(
+        parameter_groups(model, config), lr=config.lr, betas=config.betas, fused=True
+    )
+
+
+def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
+    """Group the trained parameters, with weight decay on matrices of backbone and embeddings only.
 
     MAR decays neither 1-D tensors nor anything in the diffusion head.
     """
@@ -50,19 +58,14 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
         exempt = name.startswith(("audio.head.", "special_rows.")) or "position" in name
         decayed = parameter.dim() >= 2 and not exempt
         groups.setdefault((decayed, name.startswith("backbone.")), []).append(parameter)
-    return torch.optim.AdamW(
-        [
-            {
-                "params": parameters,
-                "weight_decay": config.weight_decay if decayed else 0.0,
-                "lr_share": config.backbone_lr_share if in_backbone else 1.0,
-            }
-            for (decayed, in_backbone), parameters in groups.items()
-        ],
-        lr=config.lr,
-        betas=config.betas,
-        fused=True,
-    )
+    return [
+        {
+            "params": parameters,
+            "weight_decay": config.weight_decay if decayed else 0.0,
+            "lr_share": config.backbone_lr_share if in_backbone else 1.0,
+        }
+        for (decayed, in_backbone), parameters in groups.items()
+    ]
 
 
 def learning_rate(config: OptimConfig, step: int, progress: float) -> float:

@@ -3,169 +3,147 @@
 from __future__ import annotations
 
 import math
-import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import astuple, fields
+from itertools import islice
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
-from mllm_audio.config import check_range as check_config_range
-from mllm_audio.config import nearest
 from mllm_audio.data.dataset import TrainingData, seeded
 from mllm_audio.training.checkpoint import (
+    checkpoint_path,
+    fill_shards,
     has_checkpoint,
     list_checkpoints,
-    load_checkpoint,
+    read_buffers,
+    read_state,
     save_checkpoint,
 )
-from mllm_audio.training.engine import PRECISIONS, SingleProcessEngine, StepResult
-from mllm_audio.training.log import TrainLog
-from mllm_audio.training.optim import OptimConfig, learning_rate
-from mllm_audio.types import Batch
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """How long, how large and how often; the learning rate is in `optim`."""
-
-    num_steps: int = 100_000  # optimizer steps
-    max_minutes: float | None = (
-        None  # end earlier after this much training time; schedules follow it
-    )
-    batch_size: int = 64  # clips per optimizer step
-    ema_decay: float = 0.9999  # of the averaged weights that are exported
-    precision: str = "bf16"  # float32, or bf16 autocast over float32 weights
-    seed: int = 0  # of weights, data order, masks and noise
-    log_every: int = 20  # steps
-    validate_every: int = 500  # steps
-    validation_batches: int = 8  # at most this many
-    save_every: int = 1000  # steps
-    keep_checkpoints: int = 2  # the last n
-    max_abs_latent: float = 100.0  # guard: stop when a normalised latent exceeds this many stds
-    optim: OptimConfig = field(default_factory=OptimConfig)
-
-    def __post_init__(self) -> None:
-        """Check counts and the precision's name."""
-        if self.precision not in PRECISIONS:
-            raise ValueError(
-                f"unknown precision {self.precision!r}; {nearest(self.precision, PRECISIONS)}"
-            )
-        check_config_range("train", self, 0, math.inf, "max_minutes", open_low=True)
-        check_config_range("train", self, 0, 1, "ema_decay")
-        for name in (
-            "validation_batches",
-            "num_steps",
-            "batch_size",
-            "log_every",
-            "validate_every",
-            "save_every",
-            "keep_checkpoints",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"train.{name}={getattr(self, name)} must be at least 1")
-
-
-# Progress by steps or by time, whichever is further.
-BAR_FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
-
-
-class TrainingStoppedError(RuntimeError):
-    """Training met numbers it must not continue from."""
+from mllm_audio.training.config import TrainConfig
+from mllm_audio.training.distributed import World
+from mllm_audio.training.engine import Engine, StepResult, buffers
+from mllm_audio.training.guards import (
+    StopSignal,
+    TrainingStoppedError,
+    check_finite,
+    check_range,
+    memory_advice,
+)
+from mllm_audio.training.optim import learning_rate
+from mllm_audio.training.record import Record
+from mllm_audio.types import Batch, StepCounts
 
 
 def train(
-    engine: SingleProcessEngine,
+    engine: Engine,
     data: TrainingData,
     validation: TrainingData | None,
     config: TrainConfig,
     run: Path,
-    export: Callable[[], None],
+    export: Callable[[Path], None],
 ) -> None:
     """Train until `num_steps` or `max_minutes`, resuming the newest checkpoint of `run`.
+
+    Every process of the engine's world calls this, with the same arguments.
 
     Args:
         engine: holds the model, optimizer and averages.
         data: what to train on.
         validation: what to measure the averaged weights on, without masking; may be None.
         config: how long and how often.
-        run: folder for checkpoints and logs.
-        export: called after each save, to write the model for `generate`.
+        run: folder for checkpoints and logs, that all processes see.
+        export: called in the first process with each new checkpoint, to write the model for
+            `generate`.
 
     Raises:
         TrainingStoppedError: on a non-finite loss or a latent out of range, naming the clips.
+        RuntimeError: if another process is lost, or memory runs out.
     """
+    world = engine.world
     step, seconds = resume(engine, run)
-    log = TrainLog(run, first_step=step + 1)
-    bar = tqdm(total=1.0, desc="training", bar_format=BAR_FORMAT, dynamic_ncols=True)
-    started, steps = time.monotonic() - seconds, data.steps(step)
+    started = time.monotonic() - seconds
+    steps = data.steps(step, world.rank, world.size)
 
-    def save() -> None:
-        state = {"step": step, "seconds": time.monotonic() - started}
-        save_checkpoint(run, step, engine.state_dict(), state, config.keep_checkpoints)
-        export()
+    def keep() -> None:
+        save(engine, run, step, time.monotonic() - started, config.keep_checkpoints)
+        world.first(lambda: export(checkpoint_path(run, step)))
 
-    with StopSignal() as stop, closing(log), bar:
-        while not stop.requested:
-            now = progress(config, step, time.monotonic() - started)
-            if now >= 1:
+    with StopSignal() as stop, closing(steps), Record(engine, config, run, step) as record:
+        while True:
+            batches = next(steps)
+            counts, seconds, stopping = agree(world, batches, started, stop.requested)
+            now = progress(config, step, seconds)
+            if stopping or now >= 1:
                 break
-            batch = next(steps)
-            check_range(engine, batch, config.max_abs_latent)
-            torch.manual_seed(seeded("dropout", config.seed, step).initial_seed())
-            engine.model.train()
             lr = learning_rate(config.optim, step, now)
-            result = engine.train_step(batch, lr, step, seeded("noise", config.seed, step))
-            check_finite(result, batch, step)
+            result = do_step(engine, batches, counts, lr, step, config)
             step += 1
-            bar.update(now - bar.n)
-            if step % config.log_every == 0 or step == 1:
-                bar.set_postfix(step=step, loss=f"{result.losses.audio:.3f}")
-                log.write(step, record(result, batch, lr, time.monotonic() - started))
+            record.step(step, result, counts, batches[0].masking_ratio, lr, seconds, now)
             if validation is not None and step % config.validate_every == 0:
-                log.write(step, validate(engine, validation, config))
+                record.write(step, validate(engine, validation, config))
             if step % config.save_every == 0:
-                save()
-        if validation is not None and log.validated < step and not stop.requested:
-            log.write(step, validate(engine, validation, config))
-        if has_checkpoint(run, step):
-            export()  # a kill may have fallen between that checkpoint and its export
+                keep()
+        measured = world.first(lambda: record.validated == step)
+        if validation is not None and not measured and not stopping:
+            record.write(step, validate(engine, validation, config))
+        if world.first(lambda: has_checkpoint(run, step)):
+            # A kill may have fallen between that checkpoint and its export.
+            world.first(lambda: export(checkpoint_path(run, step)))
         else:
-            save()
-    if stop.requested:
+            keep()
+    if stopping:
         raise KeyboardInterrupt(f"stopped after step {step}")
 
 
-class StopSignal:
-    """Turn SIGINT and SIGTERM into a request that the loop honours between two steps.
+def resume(engine: Engine, run: Path) -> tuple[int, float]:
+    """Load the newest checkpoint of `run`, if any; return (step, seconds trained).
 
-    An interrupt inside a step would leave weights, moments and averages of different steps.
+    Raises:
+        ValueError: if it is damaged, naming it.
     """
-
-    def __enter__(self) -> StopSignal:
-        self.requested = False
-        self._before = {n: signal.signal(n, self._request) for n in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _request(self, *_: object) -> None:
-        self.requested = True
-
-
-def resume(engine: SingleProcessEngine, run: Path) -> tuple[int, float]:
-    """Load the newest checkpoint of `run`, if any; return (step, seconds trained)."""
-    checkpoints = list_checkpoints(run)
-    if not checkpoints:
+    checkpoint = engine.world.first(lambda: max(list_checkpoints(run), default=None))
+    if checkpoint is None:
         return 0, 0.0
-    tensors, state = load_checkpoint(checkpoints[-1])
-    engine.load_state_dict(tensors)
+    state = read_state(checkpoint)
+    fill_shards(checkpoint, engine.shards())
+    own = buffers(engine.model)
+    for name, value in read_buffers(checkpoint).items():
+        own[name].copy_(value)
+    engine.continue_from(int(state["step"]))
     return int(state["step"]), float(state["seconds"])
+
+
+def save(engine: Engine, run: Path, step: int, seconds: float, keep: int) -> None:
+    """Write the checkpoint of `step`, every process its part."""
+    world, model = engine.world, engine.model
+    shapes = {
+        name: list(getattr(p, "ds_shape", p.shape))  # ZeRO 3 leaves parameters empty
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
+    state = {"step": step, "seconds": seconds, "world_size": world.size, "shapes": shapes}
+    shards = engine.shards() if world.is_first or not engine.replicated else {}
+    save_checkpoint(run, step, shards, buffers(model), state, keep, world)
+
+
+def agree(
+    world: World, batches: Sequence[Batch], started: float, stop: bool
+) -> tuple[StepCounts, float, bool]:
+    """Exchange what all processes must decide alike before a step.
+
+    Returns:
+        What the step holds over all processes, the first one's seconds of training, and whether
+        any of them was asked to stop.
+    """
+    own = sum((batch.counts for batch in batches), StepCounts())
+    seconds = time.monotonic() - started if world.is_first else 0.0
+    *total, elapsed, stops = world.sum([*astuple(own), seconds, float(stop)])
+    names = [field.name for field in fields(own)]
+    counts = StepCounts(**{name: int(n) for name, n in zip(names, total, strict=True)})
+    return counts, elapsed, stops > 0
 
 
 def progress(config: TrainConfig, step: int, seconds: float) -> float:
@@ -174,75 +152,57 @@ def progress(config: TrainConfig, step: int, seconds: float) -> float:
     return max(step / config.num_steps, by_time)
 
 
-def check_range(engine: SingleProcessEngine, batch: Batch, limit: float) -> None:
-    """Stop before a latent far outside the training statistics reaches the weights."""
-    if not len(batch.latents):
-        return
-    largest = engine.model.audio.normalise(batch.latents.to(engine.model.device)).abs().max()
-    if not float(largest) <= limit:
-        raise TrainingStoppedError(
-            f"a latent {float(largest):.3g} stds from the mean (limit {limit:g}) in one of: "
-            f"{name_list(batch)}; check these files, or raise train.max_abs_latent"
-        )
-
-
-def check_finite(result: StepResult, batch: Batch, step: int) -> None:
-    """Stop at the first loss or gradient that is not a number, before it reached the weights."""
-    loss = result.losses.total.detach()
-    if not (bool(torch.isfinite(loss)) and bool(torch.isfinite(result.grad_norm))):
-        raise TrainingStoppedError(
-            f"step {step + 1}: loss {float(loss):.4g}, gradient norm "
-            f"{float(result.grad_norm):.4g}, on: {name_list(batch)}; check these files, or lower "
-            "train.optim.lr; the run resumes from its last checkpoint"
-        )
-
-
-def name_list(batch: Batch, most: int = 8) -> str:
-    """Name the clips of a batch, the first `most` of them."""
-    more = f" and {len(batch.names) - most} more" if len(batch.names) > most else ""
-    return ", ".join(batch.names[:most]) + more
-
-
-def record(result: StepResult, batch: Batch, lr: float, seconds: float) -> dict[str, float]:
-    """Collect what is logged of one step."""
-    says = bool((batch.text_labels >= 0).any())
-    return {
-        "train/audio_loss": float(result.losses.audio),
-        "train/end_loss": float(result.losses.end),
-        **({"train/text_loss": float(result.losses.text)} if says else {}),
-        "train/grad_norm": float(result.grad_norm),
-        "train/masking_ratio": batch.masking_ratio,
-        "train/latents": len(batch.target_positions),
-        "lr": lr,
-        "seconds": seconds,
-    }
+def do_step(
+    engine: Engine,
+    batches: Sequence[Batch],
+    counts: StepCounts,
+    lr: float,
+    step: int,
+    config: TrainConfig,
+) -> StepResult:
+    """Do one optimizer step between its guards."""
+    audio = engine.model.audio
+    for batch in batches:
+        check_range(audio, batch, config.max_abs_latent)
+    engine.model.train()
+    rows = max(len(batch.names) for batch in batches)
+    with memory_advice(config, rows, audio.config.head.batch_multiplier):
+        result = engine.train_step(batches, counts, lr, step)
+    check_finite(result, batches, step)
+    return result
 
 
 @torch.no_grad()
-def validate(
-    engine: SingleProcessEngine, data: TrainingData, config: TrainConfig
-) -> dict[str, float]:
-    """Measure the averaged weights on held-out clips, with fixed noise."""
+def validate(engine: Engine, data: TrainingData, config: TrainConfig) -> dict[str, float]:
+    """Measure the averaged weights on held-out clips, with fixed noise.
+
+    Micro-batches are shared out among the processes; as ZeRO 3 needs all of them in every forward,
+    those that have none left repeat one without counting it.
+    """
+    world = engine.world
+    size = config.rows_at_once(world.size)
+    epoch = list(islice(data.epoch(0), config.validation_batches))
+    micro = [rows[i : i + size] for rows in epoch for i in range(0, len(rows), size)]
+    totals = [0.0] * 3
+    counted = [0] * 3
     engine.model.eval()
-    totals = {"audio_loss": 0.0, "end_loss": 0.0, "text_loss": 0.0}
-    latents, words = 0, 0
     with engine.ema.applied():
-        for index, rows in enumerate(data.epoch(0)[: config.validation_batches]):
-            batch = data.batch(rows, epoch=0, step=index)
-            losses = engine.losses(batch, seeded("validation", config.seed, index))
-            num_latents, num_words = (
-                len(batch.target_positions),
-                int((batch.text_labels >= 0).sum()),
-            )
-            totals["audio_loss"] += float(losses.audio) * num_latents
-            totals["end_loss"] += float(losses.end) * num_latents
-            totals["text_loss"] += float(losses.text) * num_words
-            latents, words = latents + num_latents, words + num_words
-    counts = {"audio_loss": latents, "end_loss": latents, "text_loss": words}
+        for first in range(0, len(micro), world.size):
+            number = first + world.rank
+            own = number if number < len(micro) else 0
+            batch = data.batch(micro[own], epoch=0, step=own)
+            losses = engine.losses(batch, seeded("validation", config.seed, own))
+            if number == own:
+                means = (losses.audio, losses.end, losses.text)
+                counts = (batch.counts.latents, batch.counts.targets, batch.counts.words)
+                totals = [t + float(m) * n for t, m, n in zip(totals, means, counts, strict=True)]
+                counted = [c + n for c, n in zip(counted, counts, strict=True)]
+    sums = world.sum([*totals, *counted])
+    names = ("audio_loss", "end_loss", "text_loss")
     values = {
-        f"validation/{name}": total / max(1, counts[name])
-        for name, total in totals.items()
-        if words or name != "text_loss"
+        f"validation/{name}": total / max(1, count)
+        for name, total, count in zip(names, sums[:3], sums[3:], strict=True)
+        if count or name != "text_loss"
     }
     if not all(math.isfinite(value) for value in values.values()):
         raise TrainingStoppedError(f"validation gave {values}: the averaged weights are not finite")

@@ -1,0 +1,294 @@
+"""The same step on DeepSpeed ZeRO, on any number of processes: the only import of deepspeed.
+
+ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054) shares out what an optimizer keeps. Each process
+owns fragments of the float32 master weights; averages and Adam's moments live beside them.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import math
+import os
+import socket
+import warnings
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mllm_audio.model import AudioLanguageModel
+from mllm_audio.training.checkpoint import Shard
+from mllm_audio.training.config import TrainConfig
+from mllm_audio.training.distributed import World
+from mllm_audio.training.ema import EMA
+from mllm_audio.training.engine import (
+    StepResult,
+    adam_state,
+    autocast,
+    named_shards,
+    sow,
+    stack_losses,
+)
+from mllm_audio.training.optim import build_optimizer, parameter_groups
+from mllm_audio.training.zero_config import offloads_optimizer, uses_bf16
+from mllm_audio.types import Batch, Losses, StepCounts
+
+
+def _deepspeed() -> Any:
+    """Import deepspeed, and keep what it prints at every turn off the terminal."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns of having chosen that
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise ValueError(
+            "--deepspeed needs deepspeed; type: pip install 'mllm-audio[train]'"
+        ) from error
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # Its own use of torch.distributed, at every step.
+    warnings.filterwarnings("ignore", message=".*deprecated.*", category=FutureWarning)
+    return deepspeed
+
+
+def join_world(timeout_seconds: float) -> World:
+    """Meet the other processes that `torchrun` or `deepspeed` started; alone without them.
+
+    Raises:
+        ValueError: if deepspeed is not installed.
+        RuntimeError: if the others cannot be reached.
+    """
+    deepspeed = _deepspeed()
+    if "WORLD_SIZE" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_PORT": port}
+        os.environ |= {k: str(v) for k, v in alone.items()} | {"MASTER_ADDR": "127.0.0.1"}
+    has_gpu = torch.cuda.is_available()
+    if has_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    timeout = timedelta(seconds=timeout_seconds)
+    with redirect_stdout(io.StringIO()):
+        deepspeed.init_distributed("nccl" if has_gpu else "gloo", timeout=timeout, verbose=False)
+    group = dist.new_group(backend="gloo", timeout=timeout)
+    return World(dist.get_rank(), dist.get_world_size(), group)
+
+
+def leave_world() -> None:
+    """End the conversation with the other processes."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class _Scored(nn.Module):
+    """The model as DeepSpeed calls it: autocast inside, its loss first."""
+
+    def __init__(self, model: AudioLanguageModel, precision: str) -> None:
+        super().__init__()
+        self.model = model
+        self.precision = precision
+
+    def forward(
+        self, batch: Batch, generator: torch.Generator, counts: StepCounts | None
+    ) -> tuple[Tensor, Losses]:
+        with autocast(self.model.device, self.precision):
+            losses: Losses = self.model(batch, generator, counts)
+        return losses.total, losses
+
+
+def _register_loose_parameters(scored: _Scored) -> None:
+    """Tell ZeRO 3 of parameters whose modules are no step of the forward pass themselves.
+
+    They are gathered for all of it. ZeRO finds the backward pass by tensors that a module returns,
+    as `_Scored` does.
+    """
+    zero = _deepspeed().zero
+    for module in scored.modules():
+        if type(module).forward is nn.Module.forward:  # not defined: only its methods are used
+            for parameter in module.parameters(recurse=False):
+                zero.register_external_parameter(scored, parameter)
+
+
+class ZeroEngine:
+    """Forward, backward, clip, AdamW and EMA, shared out among processes.
+
+    Attributes:
+        masters: the fragments that this process owns, by parameter.
+        stage: of ZeRO, 0 to 3.
+    """
+
+    def __init__(
+        self,
+        model: AudioLanguageModel,
+        config: TrainConfig,
+        zero: dict[str, Any],
+        world: World,
+    ) -> None:
+        self.model = model
+        self.config = config
+        self.world = world
+        self.stage: int = zero.get("zero_optimization", {}).get("stage", 0)
+        self.rows = config.rows_at_once(world.size)
+        self.num_micro_batches = config.batch_size // self.rows
+        settings = {
+            "steps_per_print": 10**9,
+            **zero,
+            "train_micro_batch_size_per_gpu": self.rows,
+            "gradient_accumulation_steps": self.num_micro_batches // world.size,
+            "gradient_clipping": config.optim.max_grad_norm,
+            "zero_allow_untested_optimizer": True,
+        }
+        scored = _Scored(model, config.precision)
+        if self.stage == 3:
+            _register_loose_parameters(scored)
+        kept = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        with redirect_stdout(io.StringIO()):
+            self.engine: Any = _deepspeed().initialize(
+                model=scored,
+                optimizer=self._optimizer(offloads_optimizer(zero)),
+                config=settings,
+            )[0]
+        if uses_bf16(zero):  # DeepSpeed rounds tables and statistics too
+            for name, buffer in model.named_buffers():
+                buffer.data = kept[name].to(buffer.device)
+        self.optimizer: torch.optim.Optimizer = self.engine.basic_optimizer
+        self.masters, self._flat = self._find_masters()
+        self.ema = EMA(
+            {k: shard.values for k, shard in self.masters.items()}, config.ema_decay, self._publish
+        )
+
+    @property
+    def replicated(self) -> bool:
+        """Tell whether every process keeps all of the masters."""
+        return self.stage == 0
+
+    def _optimizer(self, on_host: bool) -> torch.optim.Optimizer:
+        if not on_host:
+            return build_optimizer(self.model, self.config.optim)
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        optim = self.config.optim
+        groups = parameter_groups(self.model, optim)
+        adam: torch.optim.Optimizer = DeepSpeedCPUAdam(groups, lr=optim.lr, betas=optim.betas)
+        return adam
+
+    def _find_masters(self) -> tuple[dict[str, Shard], dict[str, tuple[Tensor, int]]]:
+        """Find the owned fragments: masters by parameter, and where each lies in a flat tensor."""
+        trained: dict[str, Any] = {
+            k: p for k, p in self.model.named_parameters() if p.requires_grad
+        }
+        masters: dict[str, Shard] = {}
+        flat: dict[str, tuple[Tensor, int]] = {}
+        zero = self.engine.optimizer
+        for name, p in trained.items():
+            if self.stage == 0:
+                whole, offset, start, length = p.detach().view(-1), 0, 0, p.numel()
+                key = p
+            elif self.stage == 3:
+                group, offset, size = zero.grad_position[zero.get_param_id(p)]
+                start = self.world.rank * size
+                length = min(size, p.ds_numel - start)
+                whole = key = zero.fp32_partitioned_groups_flat[group]
+            else:
+                if p._hp_mapping is None:
+                    continue
+                address = p._hp_mapping.get_hp_fragment_address()
+                offset, length = address.start, address.numel
+                start = p._hp_mapping.lp_fragment_address.start
+                whole = key = self._flat_masters()[p._hp_mapping.param_group_index]
+            if length > 0:
+                masters[name] = Shard(start, whole.detach().narrow(0, offset, length))
+                flat[name] = key, offset
+        return masters, flat
+
+    def _flat_masters(self) -> Sequence[Tensor]:
+        """List the flat float32 partitions of ZeRO 1 and 2, one per parameter group."""
+        zero = self.engine.optimizer
+        flat: Sequence[Tensor] = (
+            zero.fp32_groups_flat_partition  # ZeRO 1 in bf16
+            if hasattr(zero, "fp32_groups_flat_partition")
+            else zero.single_partition_of_fp32_groups
+        )
+        return flat
+
+    @torch.no_grad()
+    def _publish(self) -> None:
+        """Bring changed masters into the weights that the model computes with."""
+        zero = self.engine.optimizer
+        if self.stage in (1, 2):
+            zero.update_lp_params()
+        elif self.stage == 3:
+            # A forward pass leaves whole copies behind; small parameters always have one.
+            persistent = zero.persistent_parameters
+            if persistent:
+                persistent[0].partition(persistent)
+            zero.empty_partition_cache()
+            for group, master in enumerate(zero.fp32_partitioned_groups_flat):
+                zero.fp16_partitioned_groups_flat[group].data.copy_(master.data)
+                zero._unflatten_partitioned_parameters(group)
+            if persistent:
+                persistent[0].all_gather(persistent)
+
+    def losses(
+        self, batch: Batch, generator: torch.Generator, counts: StepCounts | None = None
+    ) -> Losses:
+        """Run the model; every process must call this as often."""
+        total, losses = self.engine(batch.to(self.model.device), generator, counts)
+        return replace(losses, total=total)  # DeepSpeed hooks into what is returned as a tensor
+
+    def train_step(
+        self, batches: Sequence[Batch], counts: StepCounts, lr: float, step: int
+    ) -> StepResult:
+        """Do optimizer step `step`; a non-finite loss leaves weights and averages untouched."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["lr_share"]
+        parts = []
+        reported, grad_norm = [0.0] * 4, math.nan
+        for index, batch in enumerate(batches):
+            number = index * self.world.size + self.world.rank
+            generator = sow(self.config.seed, step, number, self.model.device)
+            losses = self.losses(batch, generator, counts)
+            # DeepSpeed averages over micro-batches and processes; these are parts of one mean.
+            self.engine.backward(losses.total * self.num_micro_batches)
+            parts.append(losses)
+            if index + 1 == len(batches):
+                reported = self.world.sum(stack_losses(parts).tolist())
+                if not math.isfinite(reported[0]):
+                    return StepResult.of(reported, math.nan)
+            if self.stage == 0:  # DeepSpeed tells none
+                gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+                grad_norm = float(torch.nn.utils.get_total_norm(gradients))
+            self.engine.step()
+        if self.stage > 0:
+            grad_norm = float(self.engine.get_global_grad_norm())
+        result = StepResult.of(reported, grad_norm)
+        if result.is_finite:
+            self.ema.update(step)
+        return result
+
+    def shards(self) -> dict[str, Shard]:
+        """List the owned fragments of masters, averages and moments."""
+        moments: dict[str, dict[str, Tensor]] = {}
+        for name, shard in self.masters.items():
+            key, offset = self._flat[name]
+            state = adam_state(self.optimizer, key)
+            moments[name] = {
+                kind: state[kind].view(-1).narrow(0, offset, len(shard.values))
+                for kind in ("exp_avg", "exp_avg_sq")
+            }
+        return named_shards(self.masters, self.ema, moments)
+
+    def continue_from(self, step: int) -> None:
+        """Tell Adam how many steps its moments have seen, and the model its new weights."""
+        for state in self.optimizer.state.values():
+            if isinstance(state["step"], Tensor):
+                state["step"].fill_(step)
+            else:
+                state["step"] = step
+        self._publish()
