@@ -114,7 +114,7 @@ def test_info_counts_every_component_of_a_run_and_a_preset(trip):
         lines = command("info", name).stdout.splitlines()
         counts = {line.split()[0]: int(line.split()[1].replace(",", "")) for line in lines[2:]}
         assert sum(v for k, v in counts.items() if k != "total") == counts["total"]
-        assert {"backbone", "audio.head", "audio.null_prompt"} <= counts.keys()
+        assert {"backbone.blocks", "audio.head", "audio.null_prompt"} <= counts.keys()
     assert counts["total"] <= 10_000_000  # digits
 
 

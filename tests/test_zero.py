@@ -266,3 +266,68 @@ def test_adapters_train_and_resume_where_one_process_has_text_alone(talkative, m
     b = load_file(talkative.folder / f"{mode}-{stage}/audio.safetensors")
     for name, value in a.items():
         torch.testing.assert_close(b[name], value, rtol=0, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def shipped(tmp_path_factory, prepared):
+    """Three steps with each file that is shipped, on two processes."""
+    lab = Lab(tmp_path_factory.mktemp("shipped"), prepared)
+    short = ["train.num_steps=3", "train.validate_every=3", "train.save_every=3"]
+    start({"data": str(prepared), "out": str(lab.folder / "plain"), "overrides": short})
+    jobs = []
+    for path in sorted((ROOT / "configs/deepspeed").glob("*.json")):
+        job = lab.job(path.stem, "bf16", 1, *short)
+        jobs.append({**job, "zero": str(path)})
+        longer = ["train.num_steps=5", "train.validate_every=3"]
+        again = {**job, "name": f"{path.stem} again", "zero": str(path), "overrides": longer}
+        jobs.append(again)
+    lab.outcomes = run_jobs(lab.folder, jobs, 2)
+    return lab
+
+
+@pytest.mark.parametrize("name", ["zero1", "zero2", "zero3", "zero3_offload"])
+def test_shipped_files_train_and_resume(shipped, name):
+    assert shipped.outcomes[name] == shipped.outcomes[f"{name} again"] == "done"
+    found = losses(shipped.folder / name)
+    assert len(found) == 5
+    assert largest_difference(found[:3], losses(shipped.folder / "plain")) <= 1e-2
+
+
+@pytest.mark.parametrize("name", ["plain", "float32-2-two", "float32-3-two", "bf16-1-two"])
+def test_export_writes_averages_and_raw_weights_that_load(lab, tmp_path, name):
+    from transformers import AutoModelForCausalLM
+
+    from mllm_audio.export import export
+    from mllm_audio.generation.voice import Voice
+
+    run = lab.folder / name
+    step = list_checkpoints(run)[-1]
+    assert export(run, tmp_path / "ema") == step
+    export(run, tmp_path / "raw", "raw")
+    for kind, weights in (("average", "ema"), ("weight", "raw")):
+        model = Voice.load(tmp_path / weights).model
+        for key, value in read_weights(step, kind).items():
+            assert torch.equal(model.state_dict()[key], value), key
+        AutoModelForCausalLM.from_pretrained(tmp_path / weights)
+    a = load_file(run / "model.safetensors")
+    b = load_file(tmp_path / "ema/model.safetensors")
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    with pytest.raises(ValueError, match=r"exists, expected a new or empty folder"):
+        export(run, tmp_path / "ema")
+    with pytest.raises(ValueError, match=r"no checkpoint of step 7; found 10, 20"):
+        export(run, tmp_path / "more", step=7)
+    with pytest.raises(ValueError, match=r"holds no checkpoint; expected a folder that train"):
+        export(tmp_path, tmp_path / "more")
+
+
+@pytest.mark.parametrize("mode", ["frozen", "lora"])
+def test_an_adapter_is_exported_as_an_adapter(talkative, tmp_path, mode):
+    from mllm_audio.export import export
+
+    export(talkative.folder / f"{mode}-3", tmp_path / "out")
+    a = load_file(talkative.folder / f"{mode}-3/audio.safetensors")
+    b = load_file(tmp_path / "out/audio.safetensors")
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert (tmp_path / "out/adapter_model.safetensors").is_file() == (mode == "lora")

@@ -8,7 +8,7 @@ rows and masks however many processes share it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence, Sized
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import Protocol
@@ -53,12 +53,8 @@ class RowSource(Protocol):
         """Begin to read these groups in the background, and no others."""
 
 
-class InMemory:
+class InMemory(Sized):
     """Rows that are at hand: one group, nothing to read ahead."""
-
-    def __len__(self) -> int:
-        """Count the rows."""
-        raise NotImplementedError
 
     def groups(self) -> Sequence[range]:
         """List all rows as one group."""

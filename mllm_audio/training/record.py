@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tqdm import tqdm
@@ -94,3 +96,11 @@ class Record:
         """Log other values at `step`."""
         if self.log is not None:
             self.log.write(step, values)
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Leave what is done in a `with` block out of the speed of training."""
+        started = time.monotonic()
+        yield
+        if self.log is not None:
+            self.telemetry.leave_out(time.monotonic() - started)

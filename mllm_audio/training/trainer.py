@@ -82,10 +82,11 @@ def train(
             result = do_step(engine, batches, counts, lr, step, config)
             step += 1
             record.step(step, result, counts, batches[0].masking_ratio, lr, seconds, now)
-            if validation is not None and step % config.validate_every == 0:
-                record.write(step, validate(engine, validation, config))
-            if step % config.save_every == 0:
-                keep()
+            with record.pause():
+                if validation is not None and step % config.validate_every == 0:
+                    record.write(step, validate(engine, validation, config))
+                if step % config.save_every == 0:
+                    keep()
         measured = world.first(lambda: record.validated == step)
         if validation is not None and not measured and not stopping:
             record.write(step, validate(engine, validation, config))
