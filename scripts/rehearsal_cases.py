@@ -7,13 +7,12 @@ makes the nodes, two network namespaces, and types
     python scripts/rehearsal_cases.py OUT NAMESPACE/DEVICE NAMESPACE/DEVICE
 
 OUT/data holds what `mllm-audio prepare` wrote. A case writes OUT/<case>/ (the run), and what its
-agents print, OUT/<case>.node0.log and node1.log. Random draws of a step depend on its number alone, so whatever happens
-to a run, its losses must be those of the reference.
+agents print, OUT/<case>.node0.log and node1.log. Random draws of a step depend on its number alone,
+so whatever happens to a run, its losses must be those of the reference.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
 import subprocess
@@ -23,21 +22,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from mllm_audio.training.checkpoint import LATEST, list_checkpoints, read_weights
+from mllm_audio.training.checkpoint import KINDS, LATEST, list_checkpoints, read_weights
 from mllm_audio.training.log import read_log
 
-NUM_STEPS = 120
+NUM_STEPS = 80
 SAVE_EVERY = 10
 TOLERANCE = 1e-5  # of a loss in float32
 PATIENCE = 120.0  # seconds until whatever is waited for counts as failed
-LOSSES = ("train/audio_loss", "train/end_loss")
-OVERRIDES = [
-    "backbone.hidden_size=32", "backbone.num_layers=2", "backbone.num_heads=2",
-    "audio.head.width=32", "audio.head.num_blocks=1", "train.batch_size=4",
-    "train.micro_batch_size=2", "train.precision=float32", "train.max_minutes=none",
-    "train.log_every=1", f"train.num_steps={NUM_STEPS}", f"train.save_every={SAVE_EVERY}",
-    "train.optim.warmup_steps=5", "train.timeout_seconds=60",
-]  # fmt: skip
+OVERRIDES = f"""
+backbone.hidden_size=32 backbone.num_layers=2 backbone.num_heads=2
+audio.head.width=32 audio.head.num_blocks=1 train.precision=float32
+train.batch_size=4 train.micro_batch_size=2 train.max_minutes=none train.num_steps={NUM_STEPS}
+train.log_every=1 train.save_every={SAVE_EVERY} train.timeout_seconds=60
+""".split()
 
 
 class CaseError(Exception):
@@ -51,23 +48,17 @@ class Node:
     number: int
     namespace: str
     device: str  # of its network
-    address: str
+
+    @property
+    def address(self) -> str:
+        """Return its address, as the shell script set it."""
+        return f"10.77.0.{self.number + 1}"
 
     def start(self, command: list[str], log: Path) -> subprocess.Popen[bytes]:
         """Start a command there; its process id is that of the command."""
-        environment = {
-            **os.environ,
-            "GLOO_SOCKET_IFNAME": self.device,
-            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-        }
+        inside = ["ip", "netns", "exec", self.namespace, "env", f"GLOO_SOCKET_IFNAME={self.device}"]
         with log.open("ab") as file:
-            return subprocess.Popen(
-                ["ip", "netns", "exec", self.namespace, *command],
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                env=environment,
-            )
+            return subprocess.Popen([*inside, *command], stdout=file, stderr=file)
 
     def processes(self) -> list[int]:
         """List the ids of all processes there."""
@@ -86,8 +77,8 @@ def send(number: signal.Signals, pids: list[int]) -> None:
             continue
 
 
-def wait_for(condition: Callable[[], bool], what: str) -> None:
-    """Wait until a condition holds.
+def wait_for(condition: Callable[[], bool], what: str, every: float = 0.02) -> None:
+    """Wait until a condition holds, looking every so many seconds.
 
     Raises:
         CaseError: if it does not within `PATIENCE`.
@@ -96,7 +87,7 @@ def wait_for(condition: Callable[[], bool], what: str) -> None:
     while not condition():
         if time.monotonic() > deadline:
             raise CaseError(f"no {what} within {PATIENCE:.0f} s")
-        time.sleep(0.02)
+        time.sleep(every)
 
 
 class Run:
@@ -116,56 +107,46 @@ class Run:
             "--out", str(self.folder), "--deepspeed", str(out / "zero2.json"), *OVERRIDES,
         ]  # fmt: skip
 
-    def alone(self) -> None:
-        """Train to the end on one process of this machine."""
-        with self.log(0).open("ab") as log:
-            command = [sys.executable, *self.command]
-            if subprocess.run(command, stdout=log, stderr=log, check=False).returncode:
-                raise CaseError(f"failed, see {self.log(0)}")
-
     def log(self, number: int) -> Path:
         """Name the file of what the agent of a node prints."""
         return self.folder.with_name(f"{self.folder.name}.node{number}.log")
 
     def torchrun(self, *numbers: int) -> None:
         """Start the agent of each node named, of both if none is."""
+        meet = (
+            f"--rdzv-backend=c10d --rdzv-id=rehearsal --rdzv-endpoint={self.nodes[0].address}:29400"
+        )
+        options = f"--nnodes=2 --nproc-per-node=1 --max-restarts=3 {meet}".split()
         for node in self.nodes:
-            if not numbers or node.number in numbers:
-                agent = [
-                    sys.executable, "-m", "torch.distributed.run", "--nnodes=2",
-                    "--nproc-per-node=1", "--max-restarts=3", "--rdzv-backend=c10d",
-                    "--rdzv-id=rehearsal", f"--rdzv-endpoint={self.nodes[0].address}:29400",
-                    f"--rdzv-conf=join_timeout=60,is_host={int(node.number == 0)}",
-                    f"--local-addr={node.address}",
-                ]  # fmt: skip
-                command = [*agent, *self.command]
-                self.agents[node.number] = node.start(command, self.log(node.number))
+            if node.number in (numbers or (0, 1)):
+                own = f"--rdzv-conf=join_timeout=60,is_host={int(node.number == 0)}"
+                command = [*options, own, f"--local-addr={node.address}", *self.command]
+                self.start(node, [sys.executable, "-m", "torch.distributed.run", *command])
 
     def deepspeed(self) -> None:
         """Start the deepspeed launcher on both nodes, as where there is no ssh."""
         hosts = self.folder.with_name("hostfile")
         hosts.write_text("".join(f"{node.address} slots=1\n" for node in self.nodes))
+        launcher = [str(Path(sys.executable).with_name("deepspeed")), "--hostfile", str(hosts)]
         for node in self.nodes:
-            launcher = [
-                str(Path(sys.executable).with_name("deepspeed")), "--hostfile", str(hosts),
-                "--no_ssh", "--node_rank", str(node.number), "--master_addr",
-                self.nodes[0].address, "--module", *self.command[1:],
-            ]  # fmt: skip
-            self.agents[node.number] = node.start(launcher, self.log(node.number))
+            own = (
+                f"--no_ssh --node_rank {node.number} --master_addr {self.nodes[0].address}".split()
+            )
+            self.start(node, [*launcher, *own, "--module", *self.command[1:]])
+
+    def start(self, node: Node, command: list[str]) -> None:
+        """Start the agent of a node."""
+        self.agents[node.number] = node.start(command, self.log(node.number))
 
     def reach(self, step: int) -> None:
         """Wait until a step is on record."""
-        wait_for(lambda: self.step() >= step or self.ended(), f"step {step}")
+        wait_for(lambda: self.step() >= step or any(self.codes()), f"step {step}")
         if self.step() < step:
             raise CaseError(f"an agent ended before step {step}, see {self.log(0)}")
 
     def step(self) -> int:
         """Return the last step on record."""
         return max((int(record["step"]) for record in read_log(self.folder)), default=0)
-
-    def ended(self) -> bool:
-        """Tell whether an agent has ended."""
-        return any(agent.poll() is not None for agent in self.agents.values())
 
     def workers(self, number: int) -> list[int]:
         """List the processes that train on a node."""
@@ -179,24 +160,30 @@ class Run:
 
     def count(self) -> None:
         """Add the steps since the last checkpoint, which must be complete, to those redone."""
-        latest = (
-            self.folder / "checkpoints" / (self.folder / "checkpoints" / LATEST).read_text().strip()
-        )
-        for kind in ("weight", "average", "exp_avg", "exp_avg_sq"):
+        folder = self.folder / "checkpoints"
+        latest = folder / (folder / LATEST).read_text().strip()
+        for kind in KINDS:
             read_weights(latest, kind)  # raises if an element is missing
         self.redone += self.step() - int(latest.name.removeprefix("step-"))
 
-    def wait(self) -> list[int]:
-        """Wait until both agents have ended; return their exit codes."""
-        agents = self.agents.values()
-        wait_for(lambda: all(a.poll() is not None for a in agents), "end of the agents")
-        return [agent.returncode for agent in agents]
+    def codes(self) -> list[int | None]:
+        """List the exit codes of the agents, None of those that run."""
+        return [agent.poll() for agent in self.agents.values()]
 
-    def finish(self) -> None:
-        """Wait for the end of the training."""
-        codes = self.wait()
-        if any(codes):
-            raise CaseError(f"exit codes {codes} of the agents, see {self.log(0)}")
+    def end(self, *, well: bool = True) -> None:
+        """Wait until both agents have ended, and hold them to their exit codes."""
+        wait_for(lambda: None not in self.codes(), "end of the agents")
+        if any((code == 0) != well for code in self.codes()):
+            raise CaseError(f"found exit codes {self.codes()} of the agents, see {self.log(0)}")
+
+    def losses(self) -> list[tuple[str, float]]:
+        """List every loss on record, of training and of the averaged weights on held-out clips."""
+        return [
+            (f"{record['step']} {name}", value)
+            for record in read_log(self.folder)
+            for name, value in record.items()
+            if name.endswith("_loss")
+        ]
 
     def check(self, reference: Run) -> float:
         """Return the largest difference of a loss to those of the reference.
@@ -204,61 +191,59 @@ class Run:
         Raises:
             CaseError: if it is too large, or steps or checkpoints are not those of a whole run.
         """
-        found, expected = read_log(self.folder), read_log(reference.folder)
-        if [r["step"] for r in found] != list(range(1, NUM_STEPS + 1)):
+        found, expected = self.losses(), reference.losses()
+        if [name for name, _ in found] != [name for name, _ in expected]:
             raise CaseError(f"{self.folder}/log.jsonl does not hold every step once")
         left = [p.name for p in (self.folder / "checkpoints").glob("*.partial")]
         if left or [p.name for p in list_checkpoints(self.folder)][-1] != f"step-{NUM_STEPS:08d}":
             raise CaseError(f"checkpoints are not those of a whole run; left over: {left}")
-        pairs = zip(found, expected, strict=True)
-        worst = max(abs(a[name] - b[name]) for a, b in pairs for name in LOSSES)
+        worst = max(abs(a - b) for (_, a), (_, b) in zip(found, expected, strict=True))
         if not worst <= TOLERANCE:
             raise CaseError(f"losses differ by {worst:.2g}")
         return worst
 
 
-def undisturbed(run: Run) -> None:
-    """Leave it alone."""
+def torchrun_undisturbed(run: Run) -> None:
+    """Both nodes by torchrun, left alone."""
     run.torchrun()
-    run.finish()
+    run.end()
 
 
-def deepspeed_launcher(run: Run) -> None:
-    """Leave it alone, started by `deepspeed` on each node."""
+def deepspeed_undisturbed(run: Run) -> None:
+    """Both nodes by the deepspeed launcher, left alone."""
     run.deepspeed()
-    run.finish()
+    run.end()
 
 
 def worker_killed(run: Run) -> None:
-    """Kill one process of training; its agent starts it again."""
+    """One process killed; torchrun restarts all."""
     run.torchrun()
     run.reach(37)
     run.kill(run.workers(1))
-    run.finish()
+    run.end()
 
 
-def node_killed(run: Run) -> None:
-    """Kill all that runs on the second node, and start its agent again."""
+def second_node_killed(run: Run) -> None:
+    """Second node killed; its agent typed again."""
     run.torchrun()
     run.reach(37)
     run.kill(run.nodes[1].processes())
     run.torchrun(1)
-    run.finish()
+    run.end()
 
 
 def first_node_killed(run: Run) -> None:
-    """Kill the node where the others meet: the job ends, and is started again."""
+    """First node killed, which ends the other; both typed again."""
     run.torchrun()
     run.reach(37)
     run.kill(run.nodes[0].processes())
-    if not all(run.wait()):
-        raise CaseError("an agent reports success though the first node was lost")
+    run.end(well=False)
     run.torchrun()
-    run.finish()
+    run.end()
 
 
 def save_killed(run: Run) -> None:
-    """Kill all processes of training while a checkpoint is half written."""
+    """Killed in the middle of a save; torchrun restarts all."""
     run.torchrun()
     run.reach(25)
     workers = run.workers(0) + run.workers(1)
@@ -274,61 +259,50 @@ def save_killed(run: Run) -> None:
         send(signal.SIGCONT, workers)
         return False
 
-    deadline = time.monotonic() + PATIENCE
-    while not caught():
-        if time.monotonic() > deadline or run.ended():
-            raise CaseError("met no save to interrupt")
+    wait_for(caught, "save to interrupt", every=0.0005)
     run.kill(workers)
     if not any(folder.glob("*.partial")):
         raise CaseError("the save was complete after all")
-    run.finish()
+    run.end()
 
 
 def stopped(run: Run) -> None:
-    """Stop the agents by Ctrl-C, go on, stop them by SIGTERM, go on."""
-    for step, number in ((37, signal.SIGINT), (73, signal.SIGTERM)):
+    """Stopped by Ctrl-C, then by SIGTERM; typed again."""
+    for step, number in ((27, signal.SIGINT), (53, signal.SIGTERM)):
         run.torchrun()
         run.reach(step)
         send(number, [agent.pid for agent in run.agents.values()])
-        if not all(run.wait()):
-            raise CaseError(f"an agent reports success after {number.name}")
+        run.end(well=False)
         run.count()
     if run.redone:
         raise CaseError(f"stopping lost {run.redone} steps")
     run.torchrun()
-    run.finish()
+    run.end()
 
 
-CASES: dict[str, tuple[str, Callable[[Run], None]]] = {
-    "undisturbed": ("both nodes, torchrun, undisturbed", undisturbed),
-    "deepspeed": ("both nodes, deepspeed launcher", deepspeed_launcher),
-    "worker": ("worker killed, elastic restart", worker_killed),
-    "node": ("second node killed, its agent relaunched", node_killed),
-    "first": ("first node killed, both relaunched", first_node_killed),
-    "save": ("killed in the middle of a save", save_killed),
-    "stopped": ("Ctrl-C, then SIGTERM, typed again", stopped),
-}
+CASES = (
+    torchrun_undisturbed,
+    deepspeed_undisturbed,
+    worker_killed,
+    second_node_killed,
+    first_node_killed,
+    save_killed,
+    stopped,
+)
 
 
 def main() -> None:
     """Run the reference and every case; print a row of the table for each."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("out", type=Path)
-    parser.add_argument("nodes", nargs=2, metavar="NAMESPACE/DEVICE")
-    arguments = parser.parse_args()
-    out = arguments.out.resolve()
-    nodes = [
-        Node(i, *name.split("/"), address=f"10.77.0.{i + 1}")
-        for i, name in enumerate(arguments.nodes)
-    ]
+    out = Path(sys.argv[1]).resolve()
+    nodes = [Node(number, *name.split("/")) for number, name in enumerate(sys.argv[2:])]
     (out / "zero2.json").write_text('{"zero_optimization": {"stage": 2}}\n')
     reference = Run(out, "reference", nodes)
-    reference.alone()
+    subprocess.run([sys.executable, *reference.command], check=True)
     print(f"{NUM_STEPS} steps, a checkpoint every {SAVE_EVERY}; ZeRO 2, float32")
-    print(f"{'case':<42}{'loss difference':>16}{'redone':>8}{'seconds':>9}", flush=True)
+    print(f"{'case':<60}{'loss difference':>16}{'redone':>8}{'seconds':>9}", flush=True)
     failed = 0
-    for name, (title, case) in CASES.items():
-        run = Run(out, name, nodes)
+    for case in CASES:
+        run = Run(out, case.__name__, nodes)
         began = time.monotonic()
         try:
             case(run)
@@ -339,7 +313,7 @@ def main() -> None:
         finally:
             for node in nodes:
                 send(signal.SIGKILL, node.processes())
-        print(f"{title:<42}{result}{time.monotonic() - began:>9.1f}", flush=True)
+        print(f"{case.__doc__:<60}{result}{time.monotonic() - began:>9.1f}", flush=True)
     sys.exit(1 if failed else 0)
 
 

@@ -38,6 +38,8 @@ for i in 0 1; do
 done
 
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 CUDA_VISIBLE_DEVICES=
+# The processes' store must not die with the agent of a lost node: without this no restart succeeds.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 mkdir -p "$out"
 python - "$out/sounds" <<'PYTHON'
 import sys

@@ -8,6 +8,7 @@ import io
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -22,6 +23,7 @@ SHORTER = {
     "demo": ["--minutes", "0.02", "--clips", "40"],
     "add-voice": ["train.num_steps=2", "audio.max_tokens=16", "audio.head.width=32"],
     "chat": ["--max-new-tokens", "8"],
+    "torchrun": ["train.num_steps=3", "train.batch_size=4", "backbone.num_layers=1"],
 }
 
 
@@ -37,6 +39,7 @@ def workplace(tmp_path_factory):
     (folder / "talk.jsonl").write_text(row * 4)
     (folder / "held_out.txt").write_text("a rising sweep and a low beep")
     write_base(folder / "my-model")
+    shutil.copytree(ROOT / "configs", folder / "configs")
     return folder
 
 
@@ -46,10 +49,16 @@ def test_every_command_and_code_block_runs_in_order(workplace, monkeypatch, caps
 
     monkeypatch.chdir(workplace)
     commands = [line for block in blocks("bash") for line in block.strip().splitlines()]
-    named = {line.split()[1] for line in commands}
-    assert named == set(SHORTER) | {"prepare", "generate", "info", "merge"}
+    named = {line.split()[0 if line.startswith("torchrun") else 1] for line in commands}
+    assert named == set(SHORTER) | {
+        "prepare", "generate", "info", "merge", "plan", "export", "bench",
+    }  # fmt: skip
     for line in commands:
         arguments = shlex.split(line)
+        if arguments[0] == "torchrun":
+            launcher = [sys.executable, "-m", "torch.distributed.run"]
+            subprocess.run([*launcher, *arguments[1:], *SHORTER["torchrun"]], check=True)
+            continue
         monkeypatch.setattr(sys, "argv", arguments + SHORTER.get(arguments[1], []))
         monkeypatch.setattr(sys, "stdin", io.StringIO("say seven\n"))
         with pytest.raises(SystemExit) as stopped:
@@ -69,6 +78,7 @@ def test_every_command_and_code_block_runs_in_order(workplace, monkeypatch, caps
             exec(compile(block, "README.md", "exec"), {})
     assert "torch.Size([20480]) 16000" in output.getvalue()
     assert (workplace / "runs/untrained/adapter_model.safetensors").is_file()
+    assert (workplace / "runs/zero-raw/model.safetensors").is_file()
     assert (workplace / "runs/voice-merged/config.json").is_file()
 
 

@@ -135,6 +135,7 @@ def lab(tmp_path_factory, prepared):
         halves = f"{name}-halves"
         two.append(lab.job(halves, precision, stage, "train.num_steps=10"))
         two.append({**lab.job(halves, precision, stage), "name": f"{halves} again"})
+    two.append(lab.job("checkpointed", "float32", 3, "train.gradient_checkpointing=true"))
     lab.two = run_jobs(lab.folder, two, 2)
     for precision, stage in PRECISIONS:
         one.append(lab.job(f"{precision}-{stage}-one", precision, stage))
@@ -158,6 +159,12 @@ def test_losses_equal_those_of_the_plain_engine(lab, precision, stage, processes
     validation = "validation/audio_loss"  # of the averages
     assert len(losses(found, validation)) == 2
     assert largest_difference(losses(found, validation), losses(expected, validation)) <= limit
+
+
+def test_gradient_checkpointing_leaves_the_losses_of_stage_three(lab):
+    assert lab.two["checkpointed"] == "done"
+    found, expected = losses(lab.folder / "checkpointed"), losses(lab.folder / "plain")
+    assert largest_difference(found, expected) <= 1e-5
 
 
 @pytest.mark.parametrize(("precision", "stage"), PRECISIONS)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from pathlib import Path
+from zlib import crc32
 
 import click
 
@@ -20,14 +22,11 @@ def main() -> None:
     """Run the command line; the entry point of `mllm-audio`."""
     try:
         code = cli.main(standalone_mode=False)
-    except click.exceptions.Abort:
-        _fail("interrupted; type the same command again to continue", 130)
+    except click.exceptions.Abort as error:  # what click makes of KeyboardInterrupt
+        done = f"interrupted {error.__cause__ or ''}".strip()
+        _fail(f"{done}; type the same command again to continue", 130)
     except click.ClickException as error:
         _fail(" ".join(error.format_message().split()) + _hint(error), 2)
-    except KeyboardInterrupt as error:
-        _fail(
-            f"interrupted {error}; type the same command again to continue".replace(" ;", ";"), 130
-        )
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         if os.environ.get("MLLM_AUDIO_TRACEBACK"):
             traceback.print_exc()
@@ -43,5 +42,23 @@ def _hint(error: click.ClickException) -> str:
 
 
 def _fail(message: str, code: int) -> None:
-    click.echo(f"error: {message}", err=True)
+    if _is_news(message):
+        click.echo(f"error: {message}", err=True)
     sys.exit(code)
+
+
+def _is_news(message: str) -> bool:
+    """Tell whether no other process of this node has said so: all of them make the same mistake.
+
+    `torchrun` names a file for each process, in one folder for each time that it starts them.
+    """
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file is None:
+        return True
+    try:
+        (Path(file).parents[1] / f"said-{crc32(message.encode()):08x}").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:  # better twice than never
+        return True
+    return True

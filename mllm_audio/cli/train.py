@@ -11,12 +11,12 @@ from mllm_audio.cli.group import BASE, COUNT, DEEPSPEED, PATH, cli
 
 @cli.command()
 @click.option("--preset", required=True, help="Name of a preset; `mllm-audio info NAME` shows one.")
-@click.option("--data", type=PATH, required=True, help="Folder that prepare wrote.")
+@click.option("--data", required=True, help="Folder or URL of what prepare wrote.")
 @click.option("--out", type=PATH, required=True, help="Folder of the run.")
 @DEEPSPEED
 @click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]...")
 def train(
-    preset: str, data: Path, out: Path, deepspeed: Path | None, overrides: tuple[str, ...]
+    preset: str, data: str, out: Path, deepspeed: Path | None, overrides: tuple[str, ...]
 ) -> None:
     """Train a preset; the same command again resumes where it stopped."""
     from mllm_audio.config import override
@@ -37,7 +37,6 @@ def train(
 @click.option("--out", type=PATH, required=True, help="Folder of the voice.")
 @click.option(
     "--data",
-    type=PATH,
     help="Folder that prepare wrote, of conversations or captions; without it the voice is "
     "written untrained.",
 )
@@ -59,7 +58,7 @@ def train(
 def add_voice(
     base: str,
     out: Path,
-    data: Path | None,
+    data: str | None,
     lora: bool,
     full: bool,
     replay: Path | None,
@@ -90,9 +89,11 @@ def add_voice(
             f"untrained voice in {out}: type  mllm-audio add-voice {base} --data DATA --out RUN"
         )
         return
+    if "://" in data:
+        raise ValueError(f"found --data {data}, expected a folder: add-voice reads no URL")
     with joined_cluster(deepspeed, config.train) as cluster:
         _, drift = train_added_voice(
-            config, data, out, replay=replay, held_out=held_out_text, cluster=cluster
+            config, Path(data), out, replay=replay, held_out=held_out_text, cluster=cluster
         )
         if not cluster.world.is_first:
             return

@@ -11,11 +11,13 @@ import logging
 import math
 import os
 import socket
+import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,12 +31,12 @@ from mllm_audio.training.distributed import World
 from mllm_audio.training.ema import EMA
 from mllm_audio.training.engine import (
     StepResult,
-    adam_state,
     autocast,
     named_shards,
     sow,
     stack_losses,
 )
+from mllm_audio.training.fragments import find_fragments, publish
 from mllm_audio.training.optim import build_optimizer, parameter_groups
 from mllm_audio.training.zero_config import offloads_optimizer, uses_bf16
 from mllm_audio.types import Batch, Losses, StepCounts
@@ -44,6 +46,11 @@ def _deepspeed() -> Any:
     """Import deepspeed, and keep what it prints at every turn off the terminal."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns of having chosen that
+    # DeepSpeed compiles with ninja, which stands beside this Python, in the PATH or not; another
+    # one of the system would compile everything anew.
+    tools = str(Path(sys.executable).parent)
+    if tools not in os.environ.get("PATH", "").split(os.pathsep):
+        os.environ["PATH"] = tools + os.pathsep + os.environ.get("PATH", "")
     try:
         import deepspeed
     except ImportError as error:
@@ -119,7 +126,7 @@ class ZeroEngine:
     """Forward, backward, clip, AdamW and EMA, shared out among processes.
 
     Attributes:
-        masters: the fragments that this process owns, by parameter.
+        fragments: what this process keeps, by parameter.
         stage: of ZeRO, 0 to 3.
     """
 
@@ -158,10 +165,9 @@ class ZeroEngine:
             for name, buffer in model.named_buffers():
                 buffer.data = kept[name].to(buffer.device)
         self.optimizer: torch.optim.Optimizer = self.engine.basic_optimizer
-        self.masters, self._flat = self._find_masters()
-        self.ema = EMA(
-            {k: shard.values for k, shard in self.masters.items()}, config.ema_decay, self._publish
-        )
+        self.fragments = find_fragments(model, self.engine.optimizer, self.stage, world.rank)
+        masters = {name: fragment.master.values for name, fragment in self.fragments.items()}
+        self.ema = EMA(masters, config.ema_decay, self._publish)
 
     @property
     def replicated(self) -> bool:
@@ -178,62 +184,8 @@ class ZeroEngine:
         adam: torch.optim.Optimizer = DeepSpeedCPUAdam(groups, lr=optim.lr, betas=optim.betas)
         return adam
 
-    def _find_masters(self) -> tuple[dict[str, Shard], dict[str, tuple[Tensor, int]]]:
-        """Find the owned fragments: masters by parameter, and where each lies in a flat tensor."""
-        trained: dict[str, Any] = {
-            k: p for k, p in self.model.named_parameters() if p.requires_grad
-        }
-        masters: dict[str, Shard] = {}
-        flat: dict[str, tuple[Tensor, int]] = {}
-        zero = self.engine.optimizer
-        for name, p in trained.items():
-            if self.stage == 0:
-                whole, offset, start, length = p.detach().view(-1), 0, 0, p.numel()
-                key = p
-            elif self.stage == 3:
-                group, offset, size = zero.grad_position[zero.get_param_id(p)]
-                start = self.world.rank * size
-                length = min(size, p.ds_numel - start)
-                whole = key = zero.fp32_partitioned_groups_flat[group]
-            else:
-                if p._hp_mapping is None:
-                    continue
-                address = p._hp_mapping.get_hp_fragment_address()
-                offset, length = address.start, address.numel
-                start = p._hp_mapping.lp_fragment_address.start
-                whole = key = self._flat_masters()[p._hp_mapping.param_group_index]
-            if length > 0:
-                masters[name] = Shard(start, whole.detach().narrow(0, offset, length))
-                flat[name] = key, offset
-        return masters, flat
-
-    def _flat_masters(self) -> Sequence[Tensor]:
-        """List the flat float32 partitions of ZeRO 1 and 2, one per parameter group."""
-        zero = self.engine.optimizer
-        flat: Sequence[Tensor] = (
-            zero.fp32_groups_flat_partition  # ZeRO 1 in bf16
-            if hasattr(zero, "fp32_groups_flat_partition")
-            else zero.single_partition_of_fp32_groups
-        )
-        return flat
-
-    @torch.no_grad()
     def _publish(self) -> None:
-        """Bring changed masters into the weights that the model computes with."""
-        zero = self.engine.optimizer
-        if self.stage in (1, 2):
-            zero.update_lp_params()
-        elif self.stage == 3:
-            # A forward pass leaves whole copies behind; small parameters always have one.
-            persistent = zero.persistent_parameters
-            if persistent:
-                persistent[0].partition(persistent)
-            zero.empty_partition_cache()
-            for group, master in enumerate(zero.fp32_partitioned_groups_flat):
-                zero.fp16_partitioned_groups_flat[group].data.copy_(master.data)
-                zero._unflatten_partitioned_parameters(group)
-            if persistent:
-                persistent[0].all_gather(persistent)
+        publish(self.engine.optimizer, self.stage)
 
     def losses(
         self, batch: Batch, generator: torch.Generator, counts: StepCounts | None = None
@@ -261,9 +213,9 @@ class ZeroEngine:
                 reported = self.world.sum(stack_losses(parts).tolist())
                 if not math.isfinite(reported[0]):
                     return StepResult.of(reported, math.nan)
-            if self.stage == 0:  # DeepSpeed tells none
-                gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-                grad_norm = float(torch.nn.utils.get_total_norm(gradients))
+                if self.stage == 0:  # DeepSpeed tells none
+                    gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+                    grad_norm = float(torch.nn.utils.get_total_norm(gradients))
             self.engine.step()
         if self.stage > 0:
             grad_norm = float(self.engine.get_global_grad_norm())
@@ -274,15 +226,9 @@ class ZeroEngine:
 
     def shards(self) -> dict[str, Shard]:
         """List the owned fragments of masters, averages and moments."""
-        moments: dict[str, dict[str, Tensor]] = {}
-        for name, shard in self.masters.items():
-            key, offset = self._flat[name]
-            state = adam_state(self.optimizer, key)
-            moments[name] = {
-                kind: state[kind].view(-1).narrow(0, offset, len(shard.values))
-                for kind in ("exp_avg", "exp_avg_sq")
-            }
-        return named_shards(self.masters, self.ema, moments)
+        masters = {name: fragment.master for name, fragment in self.fragments.items()}
+        moments = {name: f.moments(self.optimizer) for name, f in self.fragments.items()}
+        return named_shards(masters, self.ema, moments)
 
     def continue_from(self, step: int) -> None:
         """Tell Adam how many steps its moments have seen, and the model its new weights."""
