@@ -68,7 +68,7 @@ def train_added_voice(
     replay: Path | None = None,
     held_out: Path | None = None,
     cluster: Cluster | None = None,
-) -> tuple[Voice, TextDrift | None]:
+) -> TextDrift | None:
     """Train a voice on `config.base` with a folder that `prepare` wrote, or resume `out`.
 
     Args:
@@ -80,8 +80,8 @@ def train_added_voice(
         cluster: who trains together.
 
     Returns:
-        The voice with averaged weights, and the text drift where `held_out` was given; it is also
-        in RUN/text_drift.json.
+        The text drift where `held_out` was given, in the first process; it is also in
+        RUN/text_drift.json.
 
     Raises:
         ValueError: if data, base and configuration do not fit, or `out` holds another run.
@@ -99,18 +99,18 @@ def train_added_voice(
     voice = build_voice_on(config, index)
     sources = _sources(voice, data, clips, replay)
     facts = _facts(voice, index, data, replay)
-    voice = train_voice(config, voice, sources, out, facts, cluster)
+    train_voice(config, voice, sources, out, facts, cluster)
     if cluster is not None and not cluster.world.is_first:
-        return voice, None  # the first process reports
+        return None  # the first process reports
     if texts is None:
         (out / DRIFT_FILE).unlink(missing_ok=True)  # of earlier weights
-        return voice, None
+        return None
     assert config.base is not None
     drift = TextDrift(
-        base=base_perplexity(config.base, texts), voice=voice_perplexity(voice, texts)
+        base=base_perplexity(config.base, texts), voice=voice_perplexity(Voice.load(out), texts)
     )
     drift.write(out)
-    return voice, drift
+    return drift
 
 
 def _sources(

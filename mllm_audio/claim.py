@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
+import os
 import socket
 import uuid
 from collections.abc import Iterator
@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from mllm_audio.config import read_json, to_dict
-from mllm_audio.files import write_atomic
+from mllm_audio.files import locked, write_atomic
 from mllm_audio.presets import RunConfig
 from mllm_audio.training.distributed import World
 
-RUN_FILE = "run.json"
+RUN_FILE, LOCK = "run.json", ".lock"
 # A resumed run may be lengthened, watched or (`generation.`) sampled differently, or continued past
 # numbers that stopped it; anything else would make it another run.
 MAY_CHANGE = (
@@ -57,24 +57,21 @@ def claimed(
 
         def claim() -> str:
             out.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context((out / ".lock").open("w"))
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise ValueError(
-                    f"another process is training in {out}; wait for it, or type another --out"
-                ) from error
+            busy = f"another process is training in {out}; wait for it, or type another --out"
+            lock = stack.enter_context(locked(out / LOCK, busy))
             check_same_run(out, values)
             write_atomic(out / RUN_FILE, (json.dumps(values, indent=2) + "\n").encode())
             token = uuid.uuid4().hex
+            lock.truncate(0)
             lock.write(token)
             lock.flush()
+            os.fsync(lock.fileno())  # other nodes read it
             return token
 
         token = world.first(claim)
 
         def see() -> None:
-            path = out / ".lock"
+            path = out / LOCK
             if not path.is_file() or path.read_text() != token:
                 raise ValueError(
                     f"process {world.rank} on {socket.gethostname()} does not see {out} as the "

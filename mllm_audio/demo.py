@@ -53,7 +53,8 @@ def run_demo(
     max_seconds = config.audio.max_seconds
     prepare(sounds / "manifest.jsonl", data, "dct", max_seconds=max_seconds, num_workers=2)
     _say(3, f"training {config.preset} for at most {config.train.max_minutes:g} minutes in {out}")
-    voice = train_run(config, data, out)
+    train_run(config, data, out)
+    voice = Voice.load(out)
     _say(4, f"generating {NUM_HELD_OUT} held-out captions")
     held_out = load_split(data, "test", verify=False)
     pairs = _generate(voice, held_out, sounds, out / "generated", seed)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 
 def file_sha256(path: Path) -> str:
@@ -19,6 +21,32 @@ def file_sha256(path: Path) -> str:
 def encode_lines(values: Sequence[dict[str, Any]]) -> bytes:
     """Turn dicts into JSON lines, UTF-8."""
     return "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values).encode()
+
+
+@contextmanager
+def locked(path: Path, busy: str) -> Iterator[TextIO]:
+    """Hold a lock file for this process; give it opened to read and write.
+
+    Args:
+        path: of the file, made if it is not there.
+        busy: what to say if another process holds it.
+
+    Raises:
+        ValueError: `busy`.
+        OSError: if it cannot be made, or the file system has no locks.
+    """
+    with path.open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(busy) from error
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"{path} cannot be locked ({error.strerror}), expected a file system with flock; "
+                "type an --out on another one",
+            ) from error
+        yield lock
 
 
 def write_atomic(path: Path, data: bytes) -> None:

@@ -100,8 +100,6 @@ class AudioLanguageModel(Checkpointed):
             labels = text_labels[says]  # (L,)
             logits = self.text_logits(pad_rows(hidden_states[says]))[: len(labels)]  # (L, V)
             return F.cross_entropy(logits.float(), labels, reduction="sum")
-        if self.special_rows is None and backbones.is_tied(self.backbone):
-            return hidden_states.new_zeros(())  # the one table was reached through the input
         return 0.0 * self.text_logits(hidden_states[0, :1]).float().sum()
 
     def _audio_losses(

@@ -29,11 +29,14 @@ from mllm_audio.training.trainer import train
 
 def train_run(
     config: RunConfig, data: Path | str, out: Path, cluster: Cluster | None = None
-) -> Voice:
+) -> None:
     """Train on a folder or URL of what `prepare` wrote, resuming `out` if it holds the same run.
 
-    Returns:
-        The voice with averaged weights, as exported to `out`.
+    Args:
+        config: settings of the run.
+        data: folder or URL.
+        out: folder of the run, where the voice with averaged weights is exported.
+        cluster: who trains together.
 
     Raises:
         ValueError: if data and configuration do not fit, or `out` holds another run.
@@ -57,7 +60,7 @@ def train_run(
         for split in ("train", "validation")
     )
     sources = Sources(train=clips, validation=held_out)
-    return train_voice(config, voice, sources, out, data_facts(folder.index), cluster)
+    train_voice(config, voice, sources, out, data_facts(folder.index), cluster)
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ def train_voice(
     out: Path,
     facts: dict[str, Any],
     cluster: Cluster | None = None,
-) -> Voice:
+) -> None:
     """Train `voice` in place in the folder `out`, resuming what is there.
 
     Args:
@@ -86,9 +89,6 @@ def train_voice(
         out: folder of the run.
         facts: what is trained on, kept in run.json beside the configuration.
         cluster: who trains together.
-
-    Returns:
-        The voice with averaged weights, as exported to `out`.
     """
     cluster = cluster or Cluster()
     engine = cluster.engine(voice.model, config.train)
@@ -118,7 +118,6 @@ def train_voice(
         train(
             engine, training, unmasked if len(unmasked.source) else None, config.train, out, export
         )
-    return Voice.load(out)
 
 
 def data_facts(index: ShardIndex) -> dict[str, Any]:

@@ -85,9 +85,10 @@ def losses(run):
 def test_a_voice_trains_and_its_text_is_as_the_mode_promises(
     base, conversations, texts, mode, tmp_path
 ):
-    voice, drift = train_added_voice(
+    drift = train_added_voice(
         config(base("llama"), mode), conversations, tmp_path, replay=texts, held_out=texts
     )
+    voice = Voice.load(tmp_path)
     ids = some_ids()
     now, before = voice_logits(voice.model, ids), base_logits(base("llama"), ids)
     if mode == "frozen":
@@ -109,7 +110,8 @@ def test_training_moves_the_sound_that_is_loaded(base, conversations, tmp_path):
     """The same seed before and after: what is loaded from the run is what was trained."""
     untrained = add_voice(config(base("gpt2")), tmp_path / "untrained")
     made = config(base("gpt2"), num_steps=30)
-    trained, _ = train_added_voice(made, conversations, tmp_path / "run")
+    train_added_voice(made, conversations, tmp_path / "run")
+    trained = Voice.load(tmp_path / "run")
     options = replace(untrained.defaults, seconds=0.32)
     first = untrained.generate(["a beep"], options)[0].waveform
     second = trained.generate(["a beep"], options)[0].waveform
@@ -141,8 +143,8 @@ def test_a_resumed_run_is_the_uninterrupted_one_and_saves_no_base_weights(
 
 
 def test_captions_become_requests_that_are_answered_with_sound(base, prepared, tmp_path):
-    voice, drift = train_added_voice(config(base("gpt2")), prepared, tmp_path)
-    assert drift is None
+    assert train_added_voice(config(base("gpt2")), prepared, tmp_path) is None
+    voice = Voice.load(tmp_path)
     assert len(losses(tmp_path)) == 6
     assert json.loads((tmp_path / "run.json").read_text())["data_manifest"] == "manifest.jsonl"
     assert voice.generate(["a low beep"])[0].waveform.numel()
@@ -152,7 +154,8 @@ def test_captions_are_generated_from_the_prompt_they_were_trained_behind(base, p
     """`generate` puts a caption through the chat template, as `ClipConversations` does."""
     from mllm_audio.data.sources import ClipConversations
 
-    voice, _ = train_added_voice(config(base("gpt2"), num_steps=1), prepared, tmp_path)
+    train_added_voice(config(base("gpt2"), num_steps=1), prepared, tmp_path)
+    voice = Voice.load(tmp_path)
     voice.text_tokenizer.chat_template = (
         "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
         "{% if add_generation_prompt %}[assistant] {% endif %}"
@@ -170,7 +173,8 @@ def test_a_prompt_holds_what_a_template_writes_before_the_reply(base, prepared, 
     from mllm_audio.data.sources import ClipConversations
     from mllm_audio.generation.interleaved import _end_ids
 
-    voice, _ = train_added_voice(config(base("gpt2"), num_steps=1), prepared, tmp_path)
+    train_added_voice(config(base("gpt2"), num_steps=1), prepared, tmp_path)
+    voice = Voice.load(tmp_path)
     voice.text_tokenizer.add_tokens(["<|stop|>"], special_tokens=True)
     voice.text_tokenizer.chat_template = (
         "{% for m in messages %}[{{ m.role }}] "
@@ -207,7 +211,8 @@ def test_merge_writes_a_standalone_checkpoint_with_the_same_sound(
 ):
     moved = shutil.copytree(base("qwen2"), tmp_path / "base")
     run, out = tmp_path / "run", tmp_path / "merged"
-    voice, _ = train_added_voice(config(moved, "lora"), conversations, run)
+    train_added_voice(config(moved, "lora"), conversations, run)
+    voice = Voice.load(run)
     shutil.move(moved, tmp_path / "elsewhere")
     with pytest.raises(ValueError, match="needs its base model, --base if it moved"):
         Voice.load(run)

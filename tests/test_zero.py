@@ -228,7 +228,7 @@ def test_each_process_keeps_its_share_under_zero(lab):
 
 @pytest.fixture(scope="module")
 def talkative(tmp_path_factory, prepared):
-    """Voices on a base whose second process has text only: half of each batch is replayed."""
+    """Voices on a base: one process has replayed text only, the other often no text to learn."""
     folder = tmp_path_factory.mktemp("talk")
     write_base(folder / "base")
     rows = [{"text": f"{caption} and {other}"} for caption in CAPTIONS for other in CAPTIONS]
@@ -243,10 +243,11 @@ def talkative(tmp_path_factory, prepared):
             "train.precision=float32", "train.log_every=1", "train.max_minutes=none",
             "train.optim.schedule=constant", "data.replay_share=0.5", "data.pack_tokens=none",
             "audio.max_tokens=16", "audio.head.width=32", "audio.head.num_blocks=1",
+            "data.unconditional_share=0.5",
         ],
     }  # fmt: skip
     jobs = []
-    for mode in ("frozen", "lora"):
+    for mode in ("frozen", "lora", "full"):
         start({**common, "mode": mode, "out": str(folder / f"{mode}-plain")})
         for stage in (2, 3):
             name = f"{mode}-{stage}"
@@ -260,8 +261,8 @@ def talkative(tmp_path_factory, prepared):
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-@pytest.mark.parametrize("mode", ["frozen", "lora"])
-def test_adapters_train_and_resume_where_one_process_has_text_alone(talkative, mode, stage):
+@pytest.mark.parametrize("mode", ["frozen", "lora", "full"])
+def test_voices_train_and_resume_where_one_process_has_text_alone(talkative, mode, stage):
     assert talkative.outcomes[f"{mode}-{stage} again"] == "done", talkative.outcomes
     plain = talkative.folder / f"{mode}-plain"
     for name in ("train/audio_loss", "train/text_loss"):
@@ -269,8 +270,8 @@ def test_adapters_train_and_resume_where_one_process_has_text_alone(talkative, m
         assert len(found) == 8
         assert largest_difference(found, losses(plain, name)) <= 1e-5
         assert losses(talkative.folder / f"{mode}-{stage}-halves", name) == found
-    a = load_file(plain / "audio.safetensors")
-    b = load_file(talkative.folder / f"{mode}-{stage}/audio.safetensors")
+    file = "model.safetensors" if mode == "full" else "audio.safetensors"
+    a, b = load_file(plain / file), load_file(talkative.folder / f"{mode}-{stage}" / file)
     for name, value in a.items():
         torch.testing.assert_close(b[name], value, rtol=0, atol=1e-5)
 
@@ -338,3 +339,55 @@ def test_an_adapter_is_exported_as_an_adapter(talkative, tmp_path, mode):
     assert a.keys() == b.keys()
     assert all(torch.equal(a[key], b[key]) for key in a)
     assert (tmp_path / "out/adapter_model.safetensors").is_file() == (mode == "lora")
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_gradient_that_is_not_finite_stops_before_the_weights(tmp_path, prepared, stage):
+    """In a process of its own, where `Losses.total` has a finite value and an infinite gradient."""
+    script = """
+import sys, torch
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from test_zero import short_run
+from mllm_audio.run import train_run
+from mllm_audio.modality import AudioModality
+from mllm_audio.training.cluster import Cluster
+from mllm_audio.training import trainer
+from mllm_audio.training.zero import join_world
+from mllm_audio.training.zero_config import read_zero_config
+
+class Infinite(torch.autograd.Function):
+    @staticmethod
+    def forward(context, values): return values.clone()
+    @staticmethod
+    def backward(context, gradient): return gradient * float("inf")
+
+original, calls, engines = AudioModality.loss, [], []
+def loss(self, *arguments):
+    calls.append(1)
+    value = original(self, *arguments)
+    return Infinite.apply(value) if len(calls) == 5 else value
+AudioModality.loss = loss
+do_step = trainer.do_step
+def watched(engine, *arguments):
+    engines.append(engine)
+    return do_step(engine, *arguments)
+trainer.do_step = watched
+cluster = Cluster(join_world(60), read_zero_config(Path(sys.argv[2])))
+try:
+    train_run(short_run({}), Path(sys.argv[3]), Path(sys.argv[4]), cluster)
+except trainer.TrainingStoppedError as error:
+    print(error)
+shards = engines[0].shards()
+assert all(bool(torch.isfinite(shard.values).all()) for shard in shards.values())
+"""
+    config = tmp_path / "zero.json"
+    config.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+    arguments = [str(Path(__file__).parent), str(config), str(prepared), str(tmp_path / "run")]
+    result = subprocess.run(
+        [sys.executable, "-c", script, *arguments],
+        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=200,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "step 3: loss" in result.stdout
+    assert "gradient norm inf" in result.stdout or "gradient norm nan" in result.stdout

@@ -60,7 +60,25 @@ def test_what_has_another_home_is_refused_by_its_name(tmp_path, key):
             {"zero_optimization": {"stage": 0}, "bf16": {"enabled": True}},
             r"bf16 at stage 0 keeps no float32 weights; set zero_optimization.stage to 1",
         ),
-        ({"zero_optimization": {"stage": 3, "mics_shard_size": 8}}, r"mics_shard_size; remove it"),
+        (
+            {"zero_optimization": {"stage": 3, "mics_shard_size": 8}},
+            r"zero_optimization.mics_shard_size is not supported; .*remove it",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"ratio": 0.5}}},
+            r"zero_optimization.offload_optimizer.ratio is not supported",
+        ),
+        (
+            {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}},
+            r"bf16.bf16_master_weights_and_grads is not supported; known: enabled; remove it",
+        ),
+        ({"bf16": True}, r"bf16 is True, expected an object"),
+        ({"zero_optimization": 2}, r"zero_optimization is 2, expected an object"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": None}},
+            r"zero_optimization.offload_param is None, expected an object",
+        ),
+        ({"zero_optimization": {"stage": True}}, r"stage is True, expected 0, 1, 2 or 3"),
     ],
 )
 def test_values_that_cannot_work_are_refused_in_one_line(tmp_path, values, message):

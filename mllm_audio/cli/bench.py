@@ -19,7 +19,13 @@ def bench() -> None:
 @click.option("--batch-size", type=COUNT, default=32, show_default=True, help="Rows of a step.")
 @click.option("--micro-batch-size", type=COUNT, help="Rows at once; by default a rank's share.")
 @click.option("--ranks", type=COUNT, default=1, show_default=True, help="Be the first of so many.")
-@click.option("--seconds", type=float, default=10.0, show_default=True, help="To measure for.")
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=0, min_open=True),
+    default=10.0,
+    show_default=True,
+    help="To measure for.",
+)
 @click.option(
     "--synthetic",
     type=click.FloatRange(min=0, min_open=True),

@@ -92,7 +92,7 @@ def add_voice(
     if "://" in data:
         raise ValueError(f"found --data {data}, expected a folder: add-voice reads no URL")
     with joined_cluster(deepspeed, config.train) as cluster:
-        _, drift = train_added_voice(
+        drift = train_added_voice(
             config, Path(data), out, replay=replay, held_out=held_out_text, cluster=cluster
         )
         if not cluster.world.is_first:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import fcntl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -18,7 +17,7 @@ from mllm_audio.data import conversations, encode, shards
 from mllm_audio.data.encode import Record
 from mllm_audio.data.manifest import SPLITS
 from mllm_audio.data.shards import PrepareSettings, ShardIndex
-from mllm_audio.files import encode_lines, write_atomic
+from mllm_audio.files import encode_lines, locked, write_atomic
 
 LOCK = ".lock"
 
@@ -72,20 +71,11 @@ def claimed(out: Path) -> Iterator[None]:
             "another one"
         )
     out.mkdir(parents=True, exist_ok=True)
-    with (out / LOCK).open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(
-                f"another process is preparing {out}, expected one at a time; wait for it, or type "
-                "another --out"
-            ) from error
-        except OSError as error:
-            raise OSError(
-                error.errno,
-                f"{out / LOCK} cannot be locked ({error.strerror}), expected a file system with "
-                "flock; type an --out on another one, such as a local disk",
-            ) from error
+    busy = (
+        f"another process is preparing {out}, expected one at a time; wait for it, or type another "
+        "--out"
+    )
+    with locked(out / LOCK, busy):
         yield
 
 

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from mllm_audio.files import write_atomic
@@ -104,9 +104,9 @@ def save_checkpoint(
     def finish() -> None:
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
-        write_atomic(final.parent / LATEST, final.name.encode() + b"\n")
+        name_latest(final)
         for old in list_checkpoints(run)[:-keep]:
-            shutil.rmtree(old)
+            shutil.rmtree(old.rename(old.with_suffix(".partial")))
 
     try:
         world.first(begin)
@@ -119,6 +119,11 @@ def save_checkpoint(
             f"could not write a checkpoint to {run}: {error}; the previous one is intact"
         ) from error
     return final
+
+
+def name_latest(checkpoint: Path) -> None:
+    """Say in `latest` which checkpoint is the newest, for people and scripts."""
+    write_atomic(checkpoint.parent / LATEST, checkpoint.name.encode() + b"\n")
 
 
 def _sync(path: Path) -> None:
@@ -156,10 +161,11 @@ def fill_shards(checkpoint: Path, shards: dict[str, Shard]) -> None:
 def read_buffers(checkpoint: Path) -> dict[str, Tensor]:
     """Read the whole tensors beside the parameters."""
     try:
-        first = load_file(checkpoint / "rank-00000.safetensors")
+        with safe_open(checkpoint / "rank-00000.safetensors", framework="pt") as first:
+            names = [key for key in first.keys() if key.startswith("buffer/")]  # noqa: SIM118
+            return {name.removeprefix("buffer/"): first.get_tensor(name) for name in names}
     except (OSError, SafetensorError) as error:
         raise _damaged(checkpoint, error) from error
-    return {k.removeprefix("buffer/"): v for k, v in first.items() if k.startswith("buffer/")}
 
 
 def read_weights(checkpoint: Path, kind: str = "average") -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from mllm_audio.training.config import TrainConfig
 from mllm_audio.training.distributed import World
 from mllm_audio.training.engine import Engine, SingleProcessEngine
 from mllm_audio.training.zero import ZeroEngine, join_world, leave_world
-from mllm_audio.training.zero_config import read_zero_config, uses_bf16
+from mllm_audio.training.zero_config import offloads_optimizer, read_zero_config, uses_bf16
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,8 @@ def joined_cluster(deepspeed: Path | None, config: TrainConfig) -> Iterator[Clus
             f"train.precision={config.precision} and {deepspeed} has bf16 enabled; remove one"
         )
     config.rows_at_once(size)
-    try:
-        yield Cluster(join_world(config.timeout_seconds), zero)
-    finally:
-        leave_world()
+    yield Cluster(join_world(config.timeout_seconds, offloads_optimizer(zero)), zero)
+    leave_world()  # not after an error: the others may still wait for this process
 
 
 def save_memory_and_time(model: AudioLanguageModel, config: TrainConfig) -> None:

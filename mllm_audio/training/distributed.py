@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -33,7 +35,8 @@ class World:
         if self.size == 1:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(total, group=self.group)
+        with _lost_contact():
+            dist.all_reduce(total, group=self.group)
         return total.tolist()
 
     def first(self, compute: Callable[[], T]) -> T:
@@ -49,8 +52,9 @@ class World:
             try:
                 outcome[0] = compute()
             except Exception as error:
-                outcome[1] = error
-        dist.broadcast_object_list(outcome, src=0, group=self.group)
+                outcome[1] = _sendable(error)
+        with _lost_contact():
+            dist.broadcast_object_list(outcome, src=0, group=self.group)
         if outcome[1] is not None:
             raise outcome[1]
         result: T = outcome[0]
@@ -71,7 +75,30 @@ class World:
         except Exception as error:
             mine = error
         errors: list[Any] = [None] * self.size
-        dist.all_gather_object(errors, mine, group=self.group)
+        with _lost_contact():
+            dist.all_gather_object(errors, mine and _sendable(mine), group=self.group)
         for met in [mine, *errors]:
             if met is not None:
                 raise met
+
+
+@contextmanager
+def _lost_contact() -> Iterator[None]:
+    """Say in one line that another process ended, or takes too long."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"lost contact with another process ({str(error).splitlines()[0][:120]}); see what it "
+            "said, or raise train.timeout_seconds if it was slow; the run resumes from its last "
+            "checkpoint"
+        ) from error
+
+
+def _sendable(error: Exception) -> Exception:
+    """Keep an error that survives pickling, and the words of another."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error

@@ -48,12 +48,15 @@ class EMA:
         kept = {name: master.detach().clone() for name, master in self.masters.items()}
         try:
             self._copy(self.averages)
+            self.publish()
             yield
-        finally:
-            self._copy(kept)
+        except BaseException:
+            self._copy(kept)  # and no message: this process may be the only one that failed
+            raise
+        self._copy(kept)
+        self.publish()
 
     @torch.no_grad()
     def _copy(self, values: dict[str, Tensor]) -> None:
         for name, master in self.masters.items():
             master.copy_(values[name])
-        self.publish()

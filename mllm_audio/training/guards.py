@@ -19,14 +19,17 @@ class TrainingStoppedError(RuntimeError):
 
 
 class StopSignal:
-    """Turn SIGINT and SIGTERM into a request that the loop honours between two steps.
+    """Turn SIGINT, SIGTERM and SIGHUP into a request that the loop honours between two steps.
 
     An interrupt inside a step would leave weights, moments and averages of different steps.
     """
 
     def __enter__(self) -> StopSignal:
         self.requested = False
-        self._before = {n: signal.signal(n, self._request) for n in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
+            numbers.append(signal.SIGHUP)
+        self._before = {n: signal.signal(n, self._request) for n in numbers}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -41,7 +44,7 @@ def check_range(audio: AudioModality, batch: Batch, limit: float) -> None:
     """Stop before a latent far outside the training statistics reaches the weights."""
     if not len(batch.latents):
         return
-    largest = audio.normalise(batch.latents.to(audio.latent_mean.device)).abs().max()
+    largest = audio.normalise(batch.latents).abs().max()
     if not float(largest) <= limit:
         raise TrainingStoppedError(
             f"a latent {float(largest):.3g} stds from the mean (limit {limit:g}) in one of: "

@@ -18,6 +18,7 @@ from mllm_audio.training.checkpoint import (
     fill_shards,
     has_checkpoint,
     list_checkpoints,
+    name_latest,
     read_buffers,
     read_state,
     save_checkpoint,
@@ -105,7 +106,7 @@ def resume(engine: Engine, run: Path) -> tuple[int, float]:
     Raises:
         ValueError: if it is damaged, naming it.
     """
-    checkpoint = engine.world.first(lambda: max(list_checkpoints(run), default=None))
+    checkpoint = engine.world.first(lambda: newest(run))
     if checkpoint is None:
         return 0, 0.0
     state = read_state(checkpoint)
@@ -115,6 +116,14 @@ def resume(engine: Engine, run: Path) -> tuple[int, float]:
         own[name].copy_(value)
     engine.continue_from(int(state["step"]))
     return int(state["step"]), float(state["seconds"])
+
+
+def newest(run: Path) -> Path | None:
+    """Find the newest checkpoint; a kill may have fallen before `latest` named it."""
+    checkpoints = list_checkpoints(run)
+    if checkpoints:
+        name_latest(checkpoints[-1])
+    return checkpoints[-1] if checkpoints else None
 
 
 def save(engine: Engine, run: Path, step: int, seconds: float, keep: int) -> None:
@@ -163,6 +172,7 @@ def do_step(
 ) -> StepResult:
     """Do one optimizer step between its guards."""
     audio = engine.model.audio
+    batches = [batch.to(engine.model.device) for batch in batches]
     for batch in batches:
         check_range(audio, batch, config.max_abs_latent)
     engine.model.train()

@@ -6,6 +6,7 @@ owns fragments of the float32 master weights; averages and Adam's moments live b
 
 from __future__ import annotations
 
+import fcntl
 import io
 import logging
 import math
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.cpp_extension import get_default_build_root
 
 from mllm_audio.model import AudioLanguageModel
 from mllm_audio.training.checkpoint import Shard
@@ -40,6 +42,8 @@ from mllm_audio.training.fragments import find_fragments, publish
 from mllm_audio.training.optim import build_optimizer, parameter_groups
 from mllm_audio.training.zero_config import offloads_optimizer, uses_bf16
 from mllm_audio.types import Batch, Losses, StepCounts
+
+LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def _deepspeed() -> Any:
@@ -63,15 +67,25 @@ def _deepspeed() -> Any:
     return deepspeed
 
 
-def join_world(timeout_seconds: float) -> World:
+def join_world(timeout_seconds: float, offload: bool = False) -> World:
     """Meet the other processes that `torchrun` or `deepspeed` started; alone without them.
 
+    Args:
+        timeout_seconds: how long to wait for an answer from another process.
+        offload: the optimizer will run in host memory.
+
     Raises:
-        ValueError: if deepspeed is not installed.
+        ValueError: if deepspeed is not installed, or a launcher is not one of these two.
         RuntimeError: if the others cannot be reached.
     """
     deepspeed = _deepspeed()
-    if "WORLD_SIZE" not in os.environ:
+    missing = [name for name in LAUNCHED if name not in os.environ]
+    if missing and len(missing) < len(LAUNCHED):
+        raise ValueError(
+            f"found no {', '.join(missing)} in the environment, which torchrun and deepspeed set; "
+            "start the processes with one of them"
+        )
+    if missing:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -79,12 +93,38 @@ def join_world(timeout_seconds: float) -> World:
         os.environ |= {k: str(v) for k, v in alone.items()} | {"MASTER_ADDR": "127.0.0.1"}
     has_gpu = torch.cuda.is_available()
     if has_gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        local, found = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= found:
+            raise ValueError(
+                f"found {found} GPUs for process {local + 1} of this node; type --nproc_per_node "
+                f"{found} or less"
+            )
+        torch.cuda.set_device(local)
+    _compile(["ShareMemCommBuilder"] * (not has_gpu) + ["CPUAdamBuilder"] * offload)
     timeout = timedelta(seconds=timeout_seconds)
     with redirect_stdout(io.StringIO()):
         deepspeed.init_distributed("nccl" if has_gpu else "gloo", timeout=timeout, verbose=False)
     group = dist.new_group(backend="gloo", timeout=timeout)
     return World(dist.get_rank(), dist.get_world_size(), group)
+
+
+def _compile(builders: list[str]) -> None:
+    """Compile extensions of DeepSpeed, if that is not done yet, one process of a machine at a time.
+
+    A process that is killed while it compiles leaves a lock of torch's behind, for which others
+    would wait for ever; under a lock of our own it can be taken away.
+    """
+    from deepspeed.accelerator import get_accelerator
+
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / "mllm-audio.lock").open("w") as lock, redirect_stdout(io.StringIO()):
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for name in builders:
+            builder = get_accelerator().create_op_builder(name)
+            for left in root.glob(f"**/{builder.name}/lock"):
+                left.unlink()
+            builder.load(verbose=False)
 
 
 def leave_world() -> None:
@@ -216,6 +256,8 @@ class ZeroEngine:
                 if self.stage == 0:  # DeepSpeed tells none
                     gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
                     grad_norm = float(torch.nn.utils.get_total_norm(gradients))
+                    if not math.isfinite(grad_norm):
+                        return StepResult.of(reported, grad_norm)
             self.engine.step()
         if self.stage > 0:
             grad_norm = float(self.engine.get_global_grad_norm())

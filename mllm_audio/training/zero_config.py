@@ -37,6 +37,33 @@ ALLOWED = (
     "steps_per_print",
 )
 
+# What may stand in a section. Other keys move masters or moments, or change what a step is.
+SECTIONS = {
+    "bf16": ("enabled",),
+    "data_types": ("grad_accum_dtype",),
+    "zero_optimization": (
+        "stage",
+        "contiguous_gradients",
+        "reduce_scatter",
+        "reduce_bucket_size",
+        "use_multi_rank_bucket_allreduce",
+        "allgather_partitions",
+        "allgather_bucket_size",
+        "overlap_comm",
+        "round_robin_gradients",
+        "sub_group_size",
+        "stage3_max_live_parameters",
+        "stage3_max_reuse_distance",
+        "stage3_prefetch_bucket_size",
+        "stage3_param_persistence_threshold",
+        "stage3_model_persistence_threshold",
+        "offload_optimizer",
+        "offload_param",
+    ),
+    "zero_optimization.offload_optimizer": ("device", "pin_memory", "buffer_count", "fast_init"),
+    "zero_optimization.offload_param": ("device", "pin_memory", "buffer_count", "buffer_size"),
+}
+
 
 def read_zero_config(path: Path) -> dict[str, Any]:
     """Read a DeepSpeed file.
@@ -73,10 +100,21 @@ def _find_auto(values: dict[str, Any], prefix: str = "") -> str | None:
 
 
 def _check_zero(path: Path, values: dict[str, Any]) -> None:
-    """Refuse stages and devices that checkpoints and averages do not reach."""
+    """Refuse what checkpoints, averages or the learning rate would not reach."""
+    for section, known in SECTIONS.items():
+        found: Any = values
+        for key in section.split("."):
+            found = found.get(key, {})
+        if not isinstance(found, dict):
+            raise ValueError(f"{path}: {section} is {found!r}, expected an object; type {{...}}")
+        for key in found:
+            if key not in known:
+                raise ValueError(
+                    f"{path}: {section}.{key} is not supported; {nearest(key, known)}; remove it"
+                )
     zero = values.get("zero_optimization", {})
     stage = zero.get("stage", 0)
-    if stage not in (0, 1, 2, 3):
+    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
         raise ValueError(f"{path}: zero_optimization.stage is {stage!r}, expected 0, 1, 2 or 3")
     for part in ("offload_optimizer", "offload_param"):
         device = zero.get(part, {}).get("device", "none")
@@ -84,8 +122,6 @@ def _check_zero(path: Path, values: dict[str, Any]) -> None:
             raise ValueError(f"{path}: {part}.device is {device!r}, expected cpu or none")
         if device == "cpu" and stage < (3 if part == "offload_param" else 1):
             raise ValueError(f"{path}: {part} needs a higher zero_optimization.stage than {stage}")
-    if "mics_shard_size" in zero:
-        raise ValueError(f"{path}: found zero_optimization.mics_shard_size; remove it")
     if uses_bf16(values) and stage == 0:
         raise ValueError(
             f"{path}: bf16 at stage 0 keeps no float32 weights; set zero_optimization.stage to 1, "
