@@ -2,7 +2,7 @@
 
     python scripts/zero_memory.py OUT [PRESET ...]
 
-Each case trains three steps on two processes with bf16 weights (stage 0: float32 weights in
+Each case trains two steps on two processes with bf16 weights (stage 0: float32 weights in
 autocast), one clip of the preset's full length at a time, and reads `memory/host_gib`, the most
 that the first process took, from its log; what Python, torch and DeepSpeed take before there is a
 model is measured by a model of no size and subtracted. Prints Markdown.
@@ -19,7 +19,7 @@ from mllm_audio.bench import write_synthetic
 from mllm_audio.training.log import read_log
 
 TRAIN = [
-    "train.num_steps=3", "train.max_minutes=none", "train.batch_size=2", "train.log_every=1",
+    "train.num_steps=2", "train.max_minutes=none", "train.batch_size=2", "train.log_every=1",
     "train.micro_batch_size=1", "masking.schedule=ntp", "data.prefetch_steps=0",
 ]  # fmt: skip
 NOTHING = [
@@ -42,7 +42,7 @@ def main(out: Path, presets: list[str]) -> None:
 
 
 def measure(out: Path, preset: str, stage: str, more: list[str]) -> float:
-    """Return the most memory, GiB, that the first of two processes took in three steps."""
+    """Return the most memory, GiB, that the first of two processes took in two steps."""
     config = Path("configs/deepspeed") / f"zero{stage}.json"
     if stage == "0":
         config = out / "zero0.json"

@@ -35,7 +35,7 @@ class World:
         if self.size == 1:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64)
-        with _lost_contact():
+        with lost_contact():
             dist.all_reduce(total, group=self.group)
         return total.tolist()
 
@@ -53,7 +53,7 @@ class World:
                 outcome[0] = compute()
             except Exception as error:
                 outcome[1] = _sendable(error)
-        with _lost_contact():
+        with lost_contact():
             dist.broadcast_object_list(outcome, src=0, group=self.group)
         if outcome[1] is not None:
             raise outcome[1]
@@ -75,7 +75,7 @@ class World:
         except Exception as error:
             mine = error
         errors: list[Any] = [None] * self.size
-        with _lost_contact():
+        with lost_contact():
             dist.all_gather_object(errors, mine and _sendable(mine), group=self.group)
         for met in [mine, *errors]:
             if met is not None:
@@ -83,11 +83,17 @@ class World:
 
 
 @contextmanager
-def _lost_contact() -> Iterator[None]:
-    """Say in one line that another process ended, or takes too long."""
+def lost_contact() -> Iterator[None]:
+    """Say in one line that another process ended, or takes too long.
+
+    Raises:
+        RuntimeError: in place of what gloo or NCCL say of it.
+    """
     try:
         yield
     except RuntimeError as error:
+        if not any(word in str(error).lower() for word in ("peer", "timed out", "gloo", "nccl")):
+            raise
         raise RuntimeError(
             f"lost contact with another process ({str(error).splitlines()[0][:120]}); see what it "
             "said, or raise train.timeout_seconds if it was slow; the run resumes from its last "

@@ -24,7 +24,7 @@ from mllm_audio.training.checkpoint import (
     save_checkpoint,
 )
 from mllm_audio.training.config import TrainConfig
-from mllm_audio.training.distributed import World
+from mllm_audio.training.distributed import World, lost_contact
 from mllm_audio.training.engine import Engine, StepResult, buffers
 from mllm_audio.training.guards import (
     StopSignal,
@@ -177,7 +177,8 @@ def do_step(
         check_range(audio, batch, config.max_abs_latent)
     engine.model.train()
     rows = max(len(batch.names) for batch in batches)
-    with memory_advice(config, rows, audio.config.head.batch_multiplier):
+    repeats = audio.config.head.batch_multiplier
+    with lost_contact(), memory_advice(config, rows, repeats):
         result = engine.train_step(batches, counts, lr, step)
     check_finite(result, batches, step)
     return result
