@@ -1,11 +1,12 @@
 """Measured memory of a process per preset and ZeRO stage: the table of README.md.
 
-    python scripts/zero_memory.py OUT [PRESET ...]
+    python scripts/zero_memory.py OUT base_193m large_462m=2,3,3_offload
 
 Each case trains two steps on two processes with bf16 weights (stage 0: float32 weights in
-autocast), one clip of the preset's full length at a time, and reads `memory/host_gib`, the most
-that the first process took, from its log; what Python, torch and DeepSpeed take before there is a
-model is measured by a model of no size and subtracted. Prints Markdown.
+autocast), one clip of 10.24 s at a time, unmasked, and reads `memory/host_gib`, the most that the
+first process took, from its log. What Python, torch and DeepSpeed take before there is a model is
+measured by a model of next to no size and subtracted. After a preset's name stand the stages to
+measure, by default all. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -36,9 +37,13 @@ def main(out: Path, presets: list[str]) -> None:
     print("| preset | " + " | ".join(f"stage {stage}" for stage in STAGES) + " |")
     print("|---" * (len(STAGES) + 1) + "|")
     empty = {stage: measure(out, "base_193m", stage, NOTHING) for stage in STAGES}
-    for preset in presets:
-        taken = [measure(out, preset, stage, []) - empty[stage] for stage in STAGES]
-        print(f"| {preset} | " + " | ".join(f"{gib:.2f}" for gib in taken) + " |", flush=True)
+    for argument in presets:
+        preset, _, stages = argument.partition("=")
+        cells = ["-"] * len(STAGES)
+        for stage in stages.split(",") if stages else STAGES:
+            taken = measure(out, preset, stage, []) - empty[stage]
+            cells[STAGES.index(stage)] = f"{taken:.2f}"
+        print(f"| {preset} | " + " | ".join(cells) + " |", flush=True)
 
 
 def measure(out: Path, preset: str, stage: str, more: list[str]) -> float:
@@ -56,4 +61,4 @@ def measure(out: Path, preset: str, stage: str, more: list[str]) -> float:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:] or ["base_193m"])
+    main(Path(sys.argv[1]), sys.argv[2:])
