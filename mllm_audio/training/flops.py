@@ -31,8 +31,9 @@ class ModelFlops:
                        + repeats x the head's other weights)
         + targets x 6 H [end of audio] + words x 6 H V [text].
 
-    Left out: norms, activations and the optimizer, which are no matrix products; padding; and what
-    gradient checkpointing computes twice, unless asked for. Counted though not computed: pairs that
+    Left out: norms, activations and the optimizer, which are no matrix products; padding; the one
+    word that the text head scores where there is none; and what gradient checkpointing computes
+    twice, unless asked for. Counted though not computed: pairs that
     a causal kernel skips (as PaLM's appendix B counts, arXiv:2204.02311), rows being of one length,
     and gradients of the inputs of the three layers that see data first.
     """
