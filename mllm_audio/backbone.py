@@ -169,7 +169,7 @@ def run(
     if cache is None and (segment_ids is not None or _window_binds(backbone, position_ids)):
         mask = _square_mask(backbone, position_ids, segment_ids)
     options: dict[str, Any] = {"past_key_values": cache, "use_cache": cache is not None}
-    with _attention_kernel(inputs_embeds):
+    with _attention_kernel(backbone, inputs_embeds):
         output = backbone.base_model(
             inputs_embeds=inputs_embeds,
             position_ids=position_ids,
@@ -225,13 +225,16 @@ def _square_mask(
     return sliding if kinds == {"sliding_attention"} else full
 
 
-def _attention_kernel(inputs_embeds: Tensor) -> AbstractContextManager[None]:
+def _attention_kernel(
+    backbone: PreTrainedModel, inputs_embeds: Tensor
+) -> AbstractContextManager[None]:
     """Pick the attention kernel for training on (B, T, H) embeddings.
 
     torch's fused CPU kernel takes three times as long as plain matrix products in bf16 on rows
-    this short; everywhere else the fused kernel is right.
+    this short; everywhere else the fused kernel is right, also where blocks are computed a second
+    time, out of reach of what is picked here.
     """
-    short = inputs_embeds.shape[1] <= 64
+    short = inputs_embeds.shape[1] <= 64 and not backbone.is_gradient_checkpointing
     if short and torch.is_grad_enabled() and torch.is_autocast_enabled("cpu"):
         kernel: AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH)
         return kernel

@@ -49,6 +49,13 @@ def locked(path: Path, busy: str) -> Iterator[TextIO]:
         yield lock
 
 
+def share(path: Path) -> None:
+    """Give a file the permissions of any new one: safetensors writes for its user alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+
+
 def write_atomic(path: Path, data: bytes) -> None:
     """Write a file so that a crash leaves the old one, the new one or none, never a part of it.
 

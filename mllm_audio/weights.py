@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mllm_audio.config import read_json
+from mllm_audio.files import share
 
 MAX_SHARD_SIZE = "5GB"  # of one safetensors file
 WEIGHTS_NAME = "model.safetensors"
@@ -44,6 +45,7 @@ def write_tensors(tensors: Mapping[str, Tensor], folder: Path, name: str = WEIGH
         if len(new) > 1:  # a kill in between leaves no checkpoint rather than a mixed one
             (folder / f"{name}.index.json").unlink(missing_ok=True)
         for path in new:
+            share(path)
             path.replace(folder / path.name)
     stem = name.removesuffix(".safetensors")
     for path in [*folder.glob(f"{stem}-*-of-*.safetensors"), folder / f"{name}.index.json"]:

@@ -158,7 +158,7 @@ def test_slurm_job_saves_before_its_time_is_up_requeues_and_goes_on(tmp_path, ar
     assert (tmp_path / "requeued").read_text() == "7\n"
     stopped = steps(run)[-1]
     assert saved_step(run) == stopped
-    assert f"error: interrupted stopped after step {stopped};" in printed
+    assert f"error: interrupted, stopped after step {stopped};" in printed
 
     again = {**job, "SLURM_RESTART_COUNT": "1", "PORT": str(free_port())}
     longer = [*arguments, f"train.num_steps={stopped + 2}"]

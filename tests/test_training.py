@@ -349,6 +349,12 @@ def test_the_exported_voice_is_the_averaged_model(uninterrupted):
     assert not torch.equal(average, found["weight/audio.latent_proj.weight"])
 
 
+def test_what_a_run_writes_is_for_all_who_may_read_a_new_file(uninterrupted):
+    expected = (uninterrupted / "run.json").stat().st_mode
+    for path in (uninterrupted / "model.safetensors", *uninterrupted.glob("checkpoints/*/*")):
+        assert path.stat().st_mode == expected, path
+
+
 def test_log_goes_to_jsonl_and_tensorboard(uninterrupted):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

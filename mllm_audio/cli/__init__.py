@@ -23,7 +23,7 @@ def main() -> None:
     try:
         code = cli.main(standalone_mode=False)
     except click.exceptions.Abort as error:  # what click makes of KeyboardInterrupt
-        done = f"interrupted {error.__cause__ or ''}".strip()
+        done = ", ".join(filter(None, ["interrupted", str(error.__cause__ or "")]))
         _fail(f"{done}; type the same command again to continue", 130)
     except click.ClickException as error:
         _fail(" ".join(error.format_message().split()) + _hint(error), 2)

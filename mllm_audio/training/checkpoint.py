@@ -29,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mllm_audio.files import write_atomic
+from mllm_audio.files import share, write_atomic
 from mllm_audio.training.distributed import World
 
 STATE, LATEST = "state.json", "latest"
@@ -99,6 +99,7 @@ def save_checkpoint(
             _sync(partial / STATE)
         path = partial / f"rank-{world.rank:05d}.safetensors"
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path)
+        share(path)
         _sync(path)
 
     def finish() -> None:

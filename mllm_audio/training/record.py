@@ -68,7 +68,7 @@ class Record:
             masking_ratio: of all its rows.
             lr: its learning rate.
             seconds: of training before it.
-            now: share of the run before it.
+            now: share of the run that is done.
         """
         if self.log is None:
             return

@@ -82,6 +82,7 @@ def train(
             lr = learning_rate(config.optim, step, now)
             result = do_step(engine, batches, counts, lr, step, config)
             step += 1
+            now = progress(config, step, seconds)
             record.step(step, result, counts, batches[0].masking_ratio, lr, seconds, now)
             with record.pause():
                 if validation is not None and step % config.validate_every == 0:

@@ -11,6 +11,7 @@ import io
 import logging
 import math
 import os
+import shutil
 import socket
 import sys
 import warnings
@@ -61,7 +62,10 @@ def _deepspeed() -> Any:
         raise ValueError(
             "--deepspeed needs deepspeed; type: pip install 'mllm-audio[train]'"
         ) from error
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logger = logging.getLogger("DeepSpeed")
+    logger.setLevel(logging.WARNING)
+    # `Losses` is none it knows: its hooks hold on to the loss that `_Scored` returns.
+    logger.addFilter(lambda record: "unknown inputs or outputs type" not in record.getMessage())
     # Its own use of torch.distributed, at every step.
     warnings.filterwarnings("ignore", message=".*deprecated.*", category=FutureWarning)
     return deepspeed
@@ -116,6 +120,9 @@ def _compile(builders: list[str]) -> None:
     """
     from deepspeed.accelerator import get_accelerator
 
+    compiler = os.environ.get("CXX", "c++")
+    if builders and shutil.which(compiler) is None:
+        raise ValueError(f"--deepspeed compiles with {compiler}, found none; install g++")
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
     root.mkdir(parents=True, exist_ok=True)
     with (root / "mllm-audio.lock").open("w") as lock, redirect_stdout(io.StringIO()):
@@ -124,6 +131,8 @@ def _compile(builders: list[str]) -> None:
             builder = get_accelerator().create_op_builder(name)
             for left in root.glob(f"**/{builder.name}/lock"):
                 left.unlink()
+            if not any(root.glob(f"**/{builder.name}.so")):
+                print(f"compiling {builder.name}, about a minute, in {root}", file=sys.stderr)
             builder.load(verbose=False)
 
 
