@@ -17,8 +17,8 @@ from mllm_audio.presets import RunConfig
 from mllm_audio.training.distributed import World
 
 RUN_FILE, LOCK = "run.json", ".lock"
-# A resumed run may be lengthened, watched or (`generation.`) sampled differently, or continued past
-# numbers that stopped it; anything else would make it another run.
+# A resumed run may be lengthened, watched or (`generation.`) sampled differently, fitted to another
+# machine, or continued past numbers that stopped it; anything else would make it another run.
 MAY_CHANGE = (
     "base",  # may have moved; its fingerprint may not differ
     "train.num_steps",

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import replace
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ from mllm_audio.types import Batch, Losses, StepCounts
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
+@cache
 def _deepspeed() -> Any:
     """Import deepspeed, and keep what it prints at every turn off the terminal."""
     if not torch.cuda.is_available():
