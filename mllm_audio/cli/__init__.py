@@ -14,7 +14,18 @@ from zlib import crc32
 
 import click
 
-from mllm_audio.cli import bench, data, plan, train, use  # noqa: F401  registers their commands
+from mllm_audio.cli import (  # noqa: F401  registers their commands
+    bench,
+    data,
+    evaluate,
+    importers,
+    listen,
+    peer,
+    plan,
+    reproduce,
+    train,
+    use,
+)
 from mllm_audio.cli.group import cli
 
 

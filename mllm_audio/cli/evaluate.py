@@ -1,0 +1,1 @@
+"""`mllm-audio evaluate`: how good generated sound is."""

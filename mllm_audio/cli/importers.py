@@ -1,0 +1,1 @@
+"""`mllm-audio import`: published datasets to manifests."""

@@ -1,0 +1,1 @@
+"""`mllm-audio listen`: blind listening tests."""

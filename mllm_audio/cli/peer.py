@@ -1,0 +1,1 @@
+"""`mllm-audio peer`: other systems on the same captions."""

@@ -1,0 +1,1 @@
+"""`mllm-audio reproduce`: the paper's tables and figures."""
