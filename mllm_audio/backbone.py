@@ -32,12 +32,18 @@ class BackboneConfig:
     num_heads: int = 12
     max_positions: int = 512  # text, prompt and audio together, before any token is dropped
     dropout: float = 0.1  # on attention and residual projections; LLaMA has attention dropout only
+    initialisation: str = "transformers"  # key in INITIALISATIONS: the library's own, or MAR's
 
     def __post_init__(self) -> None:
         """Check the family's name and that heads divide the width."""
         if self.family not in FAMILIES:
             raise ValueError(
                 f"unknown backbone family {self.family!r}; {nearest(self.family, FAMILIES)}"
+            )
+        if self.initialisation not in INITIALISATIONS:
+            raise ValueError(
+                f"unknown backbone initialisation {self.initialisation!r}; "
+                f"{nearest(self.initialisation, INITIALISATIONS)}"
             )
         sizes = ("hidden_size", "num_layers", "num_heads", "max_positions")
         check_range("backbone", self, 1, 1_000_000, *sizes)
@@ -89,7 +95,42 @@ FAMILIES = {"gpt2": _gpt2, "llama": _llama}
 
 def build_backbone(config: BackboneConfig, vocab_size: int) -> PreTrainedModel:
     """Build a decoder with random weights; consumes torch's global random state."""
-    return from_hf_config(FAMILIES[config.family](config, vocab_size))
+    backbone = from_hf_config(FAMILIES[config.family](config, vocab_size))
+    INITIALISATIONS[config.initialisation](backbone)
+    return backbone
+
+
+@torch.no_grad()
+def _xavier(backbone: PreTrainedModel) -> None:
+    """Draw the blocks' matrices xavier-uniform, and make their biases zero, as MAR does."""
+    for name, parameter in blocks(backbone).named_parameters():
+        if parameter.dim() == 2:
+            nn.init.xavier_uniform_(parameter)
+        elif name.endswith("bias"):
+            nn.init.zeros_(parameter)
+
+
+INITIALISATIONS: dict[str, Callable[[PreTrainedModel], None]] = {
+    "transformers": lambda backbone: None,
+    "xavier": _xavier,
+}
+
+
+@torch.no_grad()
+def silence(backbone: PreTrainedModel) -> dict[str, torch.Size]:
+    """Hold the tables of text ids and positions at zero: the model has prompts and audio only.
+
+    They stay because the checkpoint is one of the family's, but are no parameters of the model.
+
+    Returns:
+        Their names and shapes.
+    """
+    inside = {id(p) for p in blocks(backbone).parameters()}
+    silent = {k: p for k, p in backbone.named_parameters() if p.dim() == 2 and id(p) not in inside}
+    for table in silent.values():
+        table.zero_()
+        table.requires_grad_(False)
+    return {name: table.shape for name, table in silent.items()}
 
 
 def from_hf_config(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

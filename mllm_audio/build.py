@@ -123,7 +123,10 @@ def check_prompt_lengths(voice: Voice, captions: Iterable[str]) -> None:
 def count_parameters(model: nn.Module) -> dict[str, int]:
     """Count parameters per component, and their sum under "total"; shared ones count once."""
     counts: dict[str, int] = {}
+    silent = {f"backbone.{name}" for name in getattr(model, "silent", ())}
     for name, parameter in model.named_parameters():
+        if name in silent:
+            continue
         head, _, rest = name.partition(".")
         component = f"{head}.{rest.split('.')[0]}" if head == "audio" else head
         counts[component] = counts.get(component, 0) + parameter.numel()

@@ -38,6 +38,8 @@ class Checkpointed(nn.Module):
         special_rows: the special tokens' embeddings while the backbone's own tables stand still.
         text_tokenizer: of the backbone, with the special tokens; None if it is kept elsewhere.
         origin: the checkpoint that a voice was added to, if any.
+        silent: tables of the backbone held at zero, by name, with their shapes: in models that are
+            prompted by embeddings, all it has for text ids and positions.
         lora: PEFT's configuration while LoRA layers are in place.
     """
 
@@ -50,6 +52,7 @@ class Checkpointed(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.audio = AudioModality(audio_config, backbone.config.hidden_size)
+        self.silent = backbones.silence(backbone) if audio_config.prompt_streams else {}
         self.special_rows: SpecialRows | None = None
         self.text_tokenizer = text_tokenizer
         self.origin: folders.Origin | None = None
@@ -166,6 +169,8 @@ class Checkpointed(nn.Module):
         values = dict(state_dict if state_dict is not None else self.state_dict())
         if self.special_rows is not None:
             self.special_rows.fold(values, self.backbone)
+        # Averages leave out what is not trained.
+        values |= {f"backbone.{k}": torch.zeros(shape) for k, shape in self.silent.items()}
         tied = {f"backbone.{name}" for name in tied_names(self.backbone)}
         tensors = {k.removeprefix("backbone."): v for k, v in values.items() if k not in tied}
         folders.write_checkpoint(Path(folder), self.backbone, self.audio.config, tensors)

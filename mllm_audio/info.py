@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -70,15 +71,17 @@ def count_components(model: AudioLanguageModel) -> dict[str, int]:
     """Count parameters per part of the backbone and of the audio modules, then their "total"."""
     counts = count_parameters(model)
     del counts["backbone"]
-    return {**_backbone_parts(model.backbone), **counts}
+    return {**_backbone_parts(model.backbone, model.silent), **counts}
 
 
-def _backbone_parts(backbone: PreTrainedModel) -> dict[str, int]:
-    """Tell blocks from what stands before and behind them."""
+def _backbone_parts(backbone: PreTrainedModel, silent: Collection[str]) -> dict[str, int]:
+    """Tell blocks from what stands before and behind them; silent tables are no parameters."""
     text = backbone.get_input_embeddings().weight
     logits = {id(p) for p in backbone.get_output_embeddings().parameters()}
     counts: dict[str, int] = {}
     for name, parameter in backbone.named_parameters():
+        if name in silent:
+            continue
         if any(part.isdigit() for part in name.split(".")):
             part = "blocks"
         elif parameter is text:

@@ -5,6 +5,10 @@ what is left; the model is told the position of each latent (content) and of the
 predict (target). One `r` serves a whole optimizer step, so that batches stay dense. Next-token
 prediction is the case r = 0.
 
+Two of the paper's ablations keep masked latents in the sequence, as zeros or as Gaussian noise, and
+one predicts the immediate next latent from what is left (table 3). AudioMAR, the bidirectional
+topline, predicts masked latents at their own places.
+
 A schedule is the quantile function of the distribution of `r`. The paper draws A and B in its
 figure 5 without giving parameters: **the numbers for A and B here are our assumption.**
 """
@@ -54,6 +58,11 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 }
 
 
+# Nothing (MNTP); zeros or Gaussian noise, of the latents' statistics (ablations); or a place that
+# predicts its own latent (AudioMAR).
+HIDDEN = ("drop", "zero", "gaussian", "own")
+
+
 @dataclass(frozen=True, kw_only=True)
 class MaskingConfig:
     """How many latents a training step drops."""
@@ -62,6 +71,8 @@ class MaskingConfig:
     scale: float = (
         1.0  # multiplies the drawn ratio, in [0, 1]; 0.7 with `fixed` is the paper's ablation
     )
+    hidden: str = "drop"  # in HIDDEN: what stands where a latent is masked
+    next_kept: bool = True  # predict the next kept latent; false: the immediate next one
 
     def __post_init__(self) -> None:
         """Check the schedule's name and the scale."""
@@ -70,6 +81,15 @@ class MaskingConfig:
                 f"unknown masking schedule {self.schedule!r}; {nearest(self.schedule, SCHEDULES)}"
             )
         check_range("masking", self, 0, 1, "scale")
+        if self.hidden not in HIDDEN:
+            raise ValueError(
+                f"unknown masking.hidden {self.hidden!r}; {nearest(self.hidden, HIDDEN)}"
+            )
+        if self.next_kept and self.hidden in ("zero", "gaussian"):
+            raise ValueError(
+                f"masking.hidden={self.hidden} keeps every latent's place, so the next one is "
+                "predicted; set masking.next_kept=false"
+            )
 
 
 def sample_ratio(config: MaskingConfig, generator: torch.Generator) -> float:

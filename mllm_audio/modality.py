@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mllm_audio.conditioners.base import PromptStream
 from mllm_audio.config import check_range
 from mllm_audio.diffusion.noise import Noise, uniform
 from mllm_audio.heads import build_head
@@ -35,6 +37,12 @@ class AudioConfig:
     # their standard deviation, so that a model bears with its own errors over long clips.
     context_noise: float = 0.0
     null_prompt_length: int = 1  # vectors of the null prompt; 1 is broadcast over any text
+    # Spec for conditioners.load_conditioner, whose embeddings are the prompt; None: captions are
+    # text ids of the language model.
+    conditioner: str | None = None
+    conditioner_fingerprint: str = ""  # of the one that made the training prompts; "" before
+    prompt_streams: tuple[PromptStream, ...] = ()  # what it makes of a caption; () without one
+    target_positions: bool = True  # tell which position is predicted; the paper's ablation I: no
     channel_weight_exponent: float = (
         0.0  # loss weight of a channel = its std to this power; 0 = the paper
     )
@@ -56,6 +64,16 @@ class AudioConfig:
                 f"audio.max_tokens={self.max_tokens} is not a multiple of "
                 f"audio.tokens_per_column={self.tokens_per_column}"
             )
+        if self.prompt_streams and self.null_prompt_length not in (1, self.prompt_length):
+            raise ValueError(
+                f"audio.null_prompt_length={self.null_prompt_length}, expected 1 or the "
+                f"{self.prompt_length} elements of the prompt"
+            )
+
+    @property
+    def prompt_length(self) -> int:
+        """Sequence elements that the conditioner's embeddings take; 0 without one."""
+        return sum(stream.length for stream in self.prompt_streams)
 
     @property
     def max_seconds(self) -> float:
@@ -89,7 +107,14 @@ class AudioModality(nn.Module):
         self.latent_proj = nn.Linear(config.latent_dim, hidden_size)
         self.latent_norm = nn.LayerNorm(hidden_size, eps=1e-6)
         self.content_positions = nn.Embedding(config.max_tokens, hidden_size)
-        self.target_positions = nn.Embedding(num_targets, hidden_size)
+        self.target_positions = (
+            nn.Embedding(num_targets, hidden_size) if config.target_positions else None
+        )
+        self.prompt_proj = nn.ModuleDict(
+            {stream.name: nn.Linear(stream.dim, hidden_size) for stream in config.prompt_streams}
+        )
+        # Without text ids nothing else embeds the start of the audio, the paper's BOS.
+        self.start = nn.Parameter(torch.empty(hidden_size)) if config.prompt_streams else None
         self.null_prompt = nn.Parameter(torch.empty(config.null_prompt_length, hidden_size))
         self.end_of_audio = nn.Linear(hidden_size, 1) if config.end_of_audio else None
         self.head = build_head(config.head, config.latent_dim, hidden_size)
@@ -99,14 +124,23 @@ class AudioModality(nn.Module):
 
     def _initialise(self) -> None:
         """Follow MAR: xavier-uniform linears with zero bias, N(0, 0.02) positions."""
-        nn.init.xavier_uniform_(self.latent_proj.weight)
-        nn.init.zeros_(self.latent_proj.bias)
-        for embedding in (self.content_positions, self.target_positions):
+        for linear in (self.latent_proj, *self.prompt_proj.values()):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+        for embedding in self._positions:
             nn.init.normal_(embedding.weight, std=self.config.position_init_std)
         nn.init.normal_(self.null_prompt, std=0.02)
+        if self.start is not None:
+            nn.init.normal_(self.start, std=0.02)
         if self.end_of_audio is not None:
             nn.init.zeros_(self.end_of_audio.weight)
             nn.init.zeros_(self.end_of_audio.bias)
+
+    @property
+    def _positions(self) -> list[nn.Embedding]:
+        """List the position tables there are."""
+        tables = (self.content_positions, self.target_positions)
+        return [table for table in tables if table is not None]
 
     def set_statistics(self, mean: Tensor, std: Tensor) -> None:
         """Set the per-channel mean and std, both (D,), of the training latents.
@@ -160,13 +194,26 @@ class AudioModality(nn.Module):
     def match_scale(self, std: float) -> None:
         """Start untrained embeddings at the deviation of a trained backbone's text embeddings."""
         self.latent_norm.weight.fill_(std)
-        for embedding in (self.content_positions, self.target_positions):
+        for embedding in self._positions:
             embedding.weight.mul_(std)
 
     def embed_targets(self, target_positions: Tensor) -> Tensor:
         """Embed (P,) target positions; the (P, H) result is added to the elements that predict."""
+        if self.target_positions is None:
+            return self.null_prompt.new_zeros(len(target_positions), self.null_prompt.shape[1])
         embeds: Tensor = self.target_positions(target_positions)
         return embeds
+
+    def embed_prompts(self, prompts: Sequence[Tensor]) -> Tensor:
+        """Project the conditioner's streams, each (B, L_s, D_s); return (B, L, H).
+
+        One linear layer per encoder, as in the paper; the streams stand behind one another.
+        """
+        projected = [
+            projection(prompt.to(projection.weight.dtype))
+            for projection, prompt in zip(self.prompt_proj.values(), prompts, strict=True)
+        ]
+        return torch.cat(projected, dim=1)
 
     def loss(
         self, hidden_states: Tensor, latents: Tensor, generator: torch.Generator | None = None

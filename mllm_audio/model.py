@@ -41,6 +41,13 @@ class AudioLanguageModel(Checkpointed):
     def embed(self, batch: Batch) -> Tensor:
         """Embed an interleaved batch; return (B, T, H)."""
         embeds = self.embed_text(batch.input_ids)  # (B, T, H)
+        if batch.prompts:
+            assert batch.is_prompt is not None
+            prompts = self.audio.embed_prompts(batch.prompts).flatten(0, 1)  # (B' L, H)
+            embeds = embeds.masked_scatter(batch.is_prompt[..., None], prompts.to(embeds.dtype))
+        if self.audio.start is not None:
+            starts = (batch.predicts & ~batch.is_audio)[..., None]  # (B, T, 1)
+            embeds = torch.where(starts, self.audio.start.to(embeds.dtype), embeds)
         # The null prompt's k-th vector stands at position k, its last one ever after.
         last = len(self.audio.null_prompt) - 1
         null = self.audio.null_prompt[batch.position_ids.clamp(max=last)]  # (B, T, H)

@@ -102,12 +102,14 @@ def train_voice(
         seed=config.train.seed,
         end_of_audio=config.audio.end_of_audio,
         replay=sources.replay,
+        statistics=(voice.model.audio.latent_mean.cpu(), voice.model.audio.latent_std.cpu()),
     )
     unmasked = replace(
         training,
         source=sources.validation,
         replay=None,
-        masking=MaskingConfig(schedule="ntp"),
+        # AudioMAR predicts nothing else than what is masked.
+        masking=config.masking if config.masking.hidden == "own" else MaskingConfig(schedule="ntp"),
         config=replace(config.data, unconditional_share=0.0),
     )
 

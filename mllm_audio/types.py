@@ -62,6 +62,12 @@ class Batch:
     masking_ratio: float  # share of latents dropped from each row
     names: tuple[str, ...]  # one per row, before packing: where it came from
     num_elements: int  # of all rows, without padding
+    is_prompt: Tensor | None = (
+        None  # (B, T) bool, elements that hold a prompt embedding; None: none
+    )
+    # Of each of the conditioner's streams (B', L, D_s), B' rows before packing; a row's elements
+    # hold those of all streams behind one another. Empty where captions are text ids.
+    prompts: tuple[Tensor, ...] = ()
 
     @property
     def counts(self) -> StepCounts:
@@ -79,7 +85,8 @@ class Batch:
         """Move every tensor to `device`."""
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         moved = {k: v.to(device) for k, v in values.items() if isinstance(v, Tensor)}
-        return Batch(**{**values, **moved})
+        prompts = tuple(prompt.to(device) for prompt in self.prompts)
+        return Batch(**{**values, **moved, "prompts": prompts})
 
 
 @dataclass(frozen=True, kw_only=True)

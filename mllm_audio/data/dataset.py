@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from mllm_audio.data.config import DataConfig
-from mllm_audio.data.layout import Audio, Row, Text, collate
+from mllm_audio.data.layout import Audio, Prompt, Row, Text, collate
 from mllm_audio.data.prefetch import prefetched
 from mllm_audio.data.shards import PreparedClip
 from mllm_audio.masking import MaskingConfig, sample_kept_positions, sample_ratio
@@ -108,6 +108,7 @@ class TrainingData:
     end_of_audio: bool = True
     replay: RowSource | None = None  # text mixed in to hold what the model knew
     micro_batch_size: int | None = None  # rows computed at once; None: the whole batch
+    statistics: tuple[Tensor, Tensor] | None = None  # mean and std, (D,), of what replaces latents
 
     def __post_init__(self) -> None:
         """Check that a batch is whole micro-batches."""
@@ -256,7 +257,7 @@ class TrainingData:
                 hidden = float(torch.rand((), generator=generator)) < share
                 # Without audio to learn, nothing would be left of a row whose text is hidden.
                 hidden &= any(isinstance(piece, Audio) and piece.learned for piece in row)
-                row = [_masked(piece, ratio, generator) for piece in row]
+                row = [self._masked(piece, ratio, generator) for piece in row]
             unconditional.append(hidden)
             rows.append(row)
         return collate(
@@ -269,12 +270,25 @@ class TrainingData:
             pack_tokens=self.config.pack_tokens,
         )
 
-
-def _masked(part: Text | Audio, ratio: float, generator: torch.Generator) -> Text | Audio:
-    """Drop a share of the latents that the model learns; what a user sends is heard whole."""
-    if isinstance(part, Text) or not part.learned:
-        return part
-    return replace(part, kept=sample_kept_positions(len(part.latents), ratio, generator))
+    def _masked(
+        self, part: Text | Prompt | Audio, ratio: float, generator: torch.Generator
+    ) -> Text | Prompt | Audio:
+        """Hide a share of the latents that the model learns; what a user sends is heard whole."""
+        if not isinstance(part, Audio) or not part.learned:
+            return part
+        masking, num_tokens = self.masking, len(part.latents)
+        kept = sample_kept_positions(num_tokens, ratio, generator)
+        part = replace(part, next_kept=masking.next_kept, own=masking.hidden == "own")
+        if masking.hidden in ("drop", "own"):
+            return replace(part, kept=kept)
+        assert self.statistics is not None
+        mean, std = self.statistics  # (D,) each
+        noise = torch.zeros_like(part.latents)  # (N, D)
+        if masking.hidden == "gaussian":
+            noise = torch.randn(part.latents.shape, generator=generator)
+        heard = mean + std * noise  # (N, D)
+        heard[kept] = part.latents[kept]
+        return replace(part, kept=torch.arange(num_tokens), heard=heard)
 
 
 def prompt_ids(text_tokenizer: PreTrainedTokenizerBase, caption: str) -> Tensor:

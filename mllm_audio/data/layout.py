@@ -27,21 +27,32 @@ class Text:
 
 
 @dataclass(frozen=True)
+class Prompt:
+    """What a conditioner makes of a caption."""
+
+    embeddings: tuple[Tensor, ...]  # of each stream (L, D_s), what is missing is zeros
+
+
+@dataclass(frozen=True)
 class Audio:
     """A span of audio in an interleaved row."""
 
     latents: Tensor  # (N, D)
     kept: Tensor  # (K,) int64, increasing content positions that stay in the sequence
+    heard: Tensor | None = None  # (K, D), what stands at them; None: their latents
+    next_kept: bool = True  # each predicts the next kept one; false: the immediate next
+    own: bool = False  # all positions stay; those that are not kept predict their own latent
     learned: bool = True  # its latents are predicted; false for audio that a user sends
     announced: bool = False  # the model learns to open the span, after text that it says
 
 
-Row = Sequence[Text | Audio]
+Row = Sequence[Text | Prompt | Audio]
 PADDING = {  # of the fields with an entry per element
     "input_ids": 0,
     "position_ids": 0,
     "is_null": False,
     "is_audio": False,
+    "is_prompt": False,
     "predicts": False,
     "text_labels": IGNORED,
 }
@@ -93,9 +104,17 @@ def collate(
     return Batch(
         **values,
         segment_ids=segments,
+        prompts=_stacked([part for row in rows for part in row if isinstance(part, Prompt)]),
         masking_ratio=masking_ratio,
         names=tuple(names),
         num_elements=sum(lengths),
+    )
+
+
+def _stacked(prompts: Sequence[Prompt]) -> tuple[Tensor, ...]:
+    """Put the streams of all prompts side by side, each (B', L, D_s)."""
+    return tuple(
+        torch.stack(stream) for stream in zip(*(p.embeddings for p in prompts), strict=True)
     )
 
 
@@ -151,6 +170,7 @@ class _Layout:
             "position_ids": none,
             "is_null": none.bool(),
             "is_audio": none.bool(),
+            "is_prompt": none.bool(),
             "predicts": none.bool(),
             "learned": none.bool(),
             "latents": torch.zeros(0, self.latent_dim),
@@ -172,6 +192,12 @@ class _Layout:
             if isinstance(part, Text):
                 pieces.append(self.text(part, position, unconditional))
                 position += len(part.input_ids)
+            elif isinstance(part, Prompt):
+                pieces.append(self.prompt(part, position, unconditional))
+                position += len(pieces[-1]["input_ids"])
+            elif part.own:
+                pieces.append(self.own(part, position))
+                position += len(part.latents)
             else:
                 closed = index + 1 < len(row)
                 pieces.append(self.audio(part, position, unconditional, closed))
@@ -186,8 +212,38 @@ class _Layout:
             "position_ids": torch.arange(position, position + length),
             "is_null": torch.full_like(no, unconditional),
             "is_audio": no,
+            "is_prompt": no,
             "predicts": no,
             "learned": no if part.learned is None or unconditional else part.learned,
+        }
+
+    def prompt(self, part: Prompt, position: int, unconditional: bool) -> dict[str, Tensor]:
+        length = sum(len(stream) for stream in part.embeddings)
+        text = Text(torch.full((length,), self.special.cond))
+        piece = self.text(text, position, unconditional)
+        return {**piece, "is_prompt": ~piece["is_prompt"]}
+
+    def own(self, part: Audio, position: int) -> dict[str, Tensor]:
+        """Lay out a place for every latent; those that are masked predict what belongs there."""
+        num_tokens = len(part.latents)
+        no = torch.zeros(num_tokens, dtype=torch.bool)
+        is_audio = no.clone()
+        is_audio[part.kept] = True
+        masked = (~is_audio).nonzero()[:, 0]
+        return {
+            "input_ids": torch.full((num_tokens,), self.special.audio),
+            "position_ids": torch.arange(position, position + num_tokens),
+            "is_null": no,
+            "is_audio": is_audio,
+            "is_prompt": no,
+            "predicts": ~is_audio,
+            "learned": no,
+            "latents": part.latents[part.kept],
+            "content_positions": part.kept,
+            "target_positions": masked,
+            "target_latents": part.latents[masked],
+            "target_is_end": torch.zeros(len(masked), dtype=torch.bool),
+            "end_weight": torch.ones(len(masked)),
         }
 
     def audio(
@@ -195,8 +251,8 @@ class _Layout:
     ) -> dict[str, Tensor]:
         """Lay out start, kept latents and, where something follows, the end.
 
-        The start and each kept latent predict the next kept one; the last predicts the end, at
-        target position N.
+        The start and each kept latent predict the next kept one, or the immediate next; the last
+        predicts the end, at target position N.
         """
         num_tokens, num_kept = len(part.latents), len(part.kept)
         length = 1 + num_kept + int(closed)
@@ -210,23 +266,30 @@ class _Layout:
         is_audio, predicts, learned = no.clone(), no.clone(), no.clone()
         is_audio[1 : 1 + num_kept] = True
         learned[0] = part.announced and not unconditional
-        num_targets = num_kept + int(self.end_of_audio) if part.learned else 0
-        predicts[:num_targets] = True
-        targets = places[1 : 1 + num_targets]
-        latents = part.latents[part.kept]
-        # The start is followed by a latent in any clip, so its prediction needs no weight.
-        weight = torch.cat([torch.ones(1), end_weights(num_tokens, part.kept, self.masking_ratio)])
+        # Of the start and of each kept latent.
+        targets = places[1:] if part.next_kept else places[:-1] + 1
+        is_target = (targets < num_tokens) | self.end_of_audio
+        is_target &= part.learned
+        predicts[: len(targets)] = is_target
+        targets = targets[is_target]
+        target_latents = F.pad(part.latents, (0, 0, 0, 1))[targets]
+        # The start is followed by a latent in any clip, so its prediction needs no weight. Nor does
+        # any that masking leaves as frequent as it was.
+        weight = torch.ones(len(is_target))
+        if part.next_kept:
+            weight[1:] = end_weights(num_tokens, part.kept, self.masking_ratio)
         return {
             "input_ids": input_ids,
             "position_ids": places[:length] + (position + 1),
             "is_null": no,
             "is_audio": is_audio,
+            "is_prompt": no,
             "predicts": predicts,
             "learned": learned,
-            "latents": latents,
+            "latents": part.latents[part.kept] if part.heard is None else part.heard,
             "content_positions": part.kept,
             "target_positions": targets,
-            "target_latents": F.pad(latents, (0, 0, 0, 1))[:num_targets],
+            "target_latents": target_latents,
             "target_is_end": targets == num_tokens,
-            "end_weight": weight[:num_targets],
+            "end_weight": weight[is_target],
         }
