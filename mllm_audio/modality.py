@@ -124,7 +124,7 @@ class AudioModality(nn.Module):
 
     def _initialise(self) -> None:
         """Follow MAR: xavier-uniform linears with zero bias, N(0, 0.02) positions."""
-        for linear in (self.latent_proj, *self.prompt_proj.values()):
+        for linear in (self.latent_proj, *self._projections):
             nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)
         for embedding in self._positions:
@@ -135,6 +135,11 @@ class AudioModality(nn.Module):
         if self.end_of_audio is not None:
             nn.init.zeros_(self.end_of_audio.weight)
             nn.init.zeros_(self.end_of_audio.bias)
+
+    @property
+    def _projections(self) -> list[nn.Linear]:
+        """List the projections of the prompt's streams."""
+        return [module for module in self.prompt_proj.values() if isinstance(module, nn.Linear)]
 
     @property
     def _positions(self) -> list[nn.Embedding]:
@@ -211,7 +216,7 @@ class AudioModality(nn.Module):
         """
         projected = [
             projection(prompt.to(projection.weight.dtype))
-            for projection, prompt in zip(self.prompt_proj.values(), prompts, strict=True)
+            for projection, prompt in zip(self._projections, prompts, strict=True)
         ]
         return torch.cat(projected, dim=1)
 

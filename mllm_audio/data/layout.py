@@ -46,6 +46,7 @@ class Audio:
     announced: bool = False  # the model learns to open the span, after text that it says
 
 
+ChatRow = Sequence[Text | Audio]
 Row = Sequence[Text | Prompt | Audio]
 PADDING = {  # of the fields with an entry per element
     "input_ids": 0,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from mllm_audio.data.layout import Audio, Row, Text
+from mllm_audio.data.layout import Audio, ChatRow, Text
 from mllm_audio.data.template import MARK, special_tokens, token_id, write
 from mllm_audio.text import AUDIO
 
@@ -111,7 +111,7 @@ def render(
     return list(_pieces(ids["input_ids"], audio, end_ids, mark, place))
 
 
-def to_row(pieces: Iterable[Text | AudioPiece], latents_of: Callable[[Any], Tensor]) -> Row:
+def to_row(pieces: Iterable[Text | AudioPiece], latents_of: Callable[[Any], Tensor]) -> ChatRow:
     """Fill in the latents, (N, D) for each audio part, all of them kept."""
     row: list[Text | Audio] = []
     for piece in pieces:

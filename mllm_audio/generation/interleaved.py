@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from mllm_audio.data.dataset import seeded
-from mllm_audio.data.layout import Audio, Row, Text, collate
+from mllm_audio.data.layout import Audio, ChatRow, Text, collate
 from mllm_audio.data.messages import AudioPart, TextPart
 from mllm_audio.data.template import end_of_reply
 from mllm_audio.generation.decode import GenerationConfig, audio_span, token_limits
@@ -80,7 +80,7 @@ class Reply:
 
     model: AudioLanguageModel  # in evaluation mode
     text_tokenizer: PreTrainedTokenizerBase
-    row: Row  # the conversation, up to where the reply begins
+    row: ChatRow  # the conversation, up to where the reply begins
     config: GenerationConfig  # of each span; durations count what an open span holds already
     text: TextConfig
     seed: int  # of the text; span i has `span_seed(seed, i)`
