@@ -12,6 +12,7 @@ import torch
 from mllm_audio import backbone as backbones
 from mllm_audio.build import build_voice_on, fit_to_data, seed_weights
 from mllm_audio.claim import RUN_FILE
+from mllm_audio.data.clips import PreparedClip
 from mllm_audio.data.conversations import (
     CONVERSATIONS,
     has_conversations,
@@ -19,7 +20,7 @@ from mllm_audio.data.conversations import (
     load_conversations,
 )
 from mllm_audio.data.dataset import RowSource
-from mllm_audio.data.shards import PreparedClip, ShardIndex, read_index
+from mllm_audio.data.shards import ShardIndex, read_index
 from mllm_audio.data.sources import ClipConversations, ConversationSource, TextSource
 from mllm_audio.data.template import end_of_reply
 from mllm_audio.evaluation.perplexity import (

@@ -17,7 +17,7 @@ from mllm_audio.generation.voice import Voice
 from mllm_audio.modality import AudioConfig
 from mllm_audio.model import AudioLanguageModel, default_device
 from mllm_audio.presets import RunConfig
-from mllm_audio.text import train_text_tokenizer
+from mllm_audio.text import train_text_tokenizer, wordless_tokenizer
 from mllm_audio.tokenizers import load_tokenizer
 
 
@@ -42,12 +42,40 @@ def fit_to_data(config: RunConfig, index: ShardIndex, data: Path | str) -> RunCo
     audio = replace(
         config.audio, tokenizer=tokenizer.spec, tokenizer_fingerprint=tokenizer.fingerprint
     )
-    return replace(config, audio=audio)
+    return replace(config, audio=_fit_prompts(audio, index, data))
+
+
+def _fit_prompts(audio: AudioConfig, index: ShardIndex, data: Path | str) -> AudioConfig:
+    """Take the conditioner from the data, with the widths of its streams; leave out others."""
+    if not audio.prompt_streams:
+        return audio
+    wanted = [stream.name for stream in audio.prompt_streams]
+    info = index.conditioner
+    found = {} if info is None else {stream.name: stream for stream in info.streams}
+    if info is None or not set(wanted) <= found.keys():
+        sources = ",".join(f"{name}=FOLDER" for name in wanted)
+        raise ValueError(
+            f"{data} holds prompts of {', '.join(found) or 'no conditioner'}, the model takes "
+            f"{' and '.join(wanted)}; type the `mllm-audio prepare` command of {data} again with "
+            f"--conditioner clap_t5:{sources}"
+        )
+    return replace(
+        audio,
+        conditioner=info.spec,
+        conditioner_fingerprint=info.fingerprint,
+        prompt_streams=tuple(found[name] for name in wanted),
+    )
 
 
 def build_voice(config: RunConfig, index: ShardIndex, captions: Iterable[str]) -> Voice:
-    """Build an untrained voice: text tokenizer from the captions, statistics from the index."""
-    text_tokenizer = train_text_tokenizer(set(captions), config.text_vocab_size)
+    """Build an untrained voice: text tokenizer from the captions, statistics from the index.
+
+    A model that is prompted by embeddings has no text but the special tokens.
+    """
+    if config.audio.prompt_streams:
+        text_tokenizer = wordless_tokenizer()
+    else:
+        text_tokenizer = train_text_tokenizer(set(captions), config.text_vocab_size)
     return join(config, index, build_model(config, len(text_tokenizer)), text_tokenizer)
 
 
@@ -104,6 +132,8 @@ def seed_weights(config: RunConfig) -> None:
 def check_prompt_lengths(voice: Voice, captions: Iterable[str]) -> None:
     """Refuse captions that leave no room for the longest clip among the backbone's positions."""
     audio: AudioConfig = voice.model.audio.config
+    if audio.prompt_streams:  # of one length
+        return
     room = voice.model.backbone.config.max_position_embeddings - audio.max_tokens - 2
     # A token is a byte of the normalised text at least: only longer captions can have too many.
     normalised = voice.text_tokenizer.backend_tokenizer.normalizer.normalize_str

@@ -13,8 +13,8 @@ import click
 from mllm_audio import wav
 from mllm_audio.build import count_parameters
 from mllm_audio.config import read_json
+from mllm_audio.data.clips import PreparedClip, load_split
 from mllm_audio.data.prepare import prepare
-from mllm_audio.data.shards import PreparedClip, load_split
 from mllm_audio.data.soundscapes import write_soundscapes
 from mllm_audio.evaluation.adherence import AdherenceReport, adherence, recognise
 from mllm_audio.evaluation.report import Pair, loss_chart, side_by_side, write_page

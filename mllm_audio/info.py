@@ -13,6 +13,7 @@ from mllm_audio.build import count_parameters, special_tokenizer
 from mllm_audio.generation.voice import Voice
 from mllm_audio.model import AudioLanguageModel
 from mllm_audio.presets import PRESETS, RunConfig, get_preset
+from mllm_audio.text import wordless_tokenizer
 
 
 def describe(name: str, base: str | None = None) -> str:
@@ -47,8 +48,9 @@ def sketch(config: RunConfig) -> AudioLanguageModel:
             f"preset {config.preset!r} is for a trained language model, whose size it takes; type  "
             "mllm-audio add-voice BASE --out DIR, then  mllm-audio info DIR"
         )
+    tokenizer = wordless_tokenizer() if config.audio.prompt_streams else special_tokenizer()
     with torch.device("meta"):
-        backbone = build_backbone(config.backbone, len(special_tokenizer()))
+        backbone = build_backbone(config.backbone, len(tokenizer))
         return AudioLanguageModel(backbone, config.audio)
 
 

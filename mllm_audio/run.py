@@ -56,7 +56,10 @@ def train_run(
     voice = build_voice(config, folder.index, captions(folder, ["train"]))
     check_prompt_lengths(voice, captions(folder, ["train", "validation"]))
     clips, held_out = (
-        ShardedClips(ClipStream(folder, split, config.data.shuffle_shards), voice.text_tokenizer)
+        ShardedClips(
+            ClipStream(folder, split, config.data.shuffle_shards, config.audio.prompt_streams),
+            voice.text_tokenizer,
+        )
         for split in ("train", "validation")
     )
     sources = Sources(train=clips, validation=held_out)

@@ -101,3 +101,13 @@ def train_text_tokenizer(
         additional_special_tokens=list(special_tokens),
         clean_up_tokenization_spaces=False,
     )
+
+
+def wordless_tokenizer() -> PreTrainedTokenizerBase:
+    """Make the text tokenizer of a model without text: the special tokens and nothing else."""
+    names = {token: number for number, token in enumerate(SPECIAL_TOKENS)}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(names, unk_token=SPECIAL_TOKENS[-1])),
+        additional_special_tokens=list(SPECIAL_TOKENS),
+        clean_up_tokenization_spaces=False,
+    )

@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM
 
 from mllm_audio.adapter import MODES
 from mllm_audio.add_voice import add_voice, merge, train_added_voice, voice_config
-from mllm_audio.data.dataset import CaptionedClips, DataConfig, TrainingData
+from mllm_audio.data.captioned import CaptionedClips
+from mllm_audio.data.clips import load_split
+from mllm_audio.data.dataset import DataConfig, TrainingData
 from mllm_audio.data.prepare import prepare
-from mllm_audio.data.shards import load_split
 from mllm_audio.data.sources import TextSource
 from mllm_audio.evaluation.perplexity import TextDrift
 from mllm_audio.generation.voice import Voice

@@ -12,6 +12,7 @@ import torch
 from conftest import sine_manifest
 from test_messages import chat_tokenizer
 
+from mllm_audio.data.clips import load_split
 from mllm_audio.data.conversations import (
     has_conversations,
     load_clips,
@@ -21,7 +22,7 @@ from mllm_audio.data.conversations import (
 from mllm_audio.data.dataset import DataConfig, TrainingData
 from mllm_audio.data.layout import collate
 from mllm_audio.data.prepare import prepare
-from mllm_audio.data.shards import load_split, read_index
+from mllm_audio.data.shards import read_index
 from mllm_audio.data.sources import ClipConversations, ConversationSource, TextSource
 from mllm_audio.masking import MaskingConfig
 from mllm_audio.text import SPECIAL_TOKENS, SpecialIds

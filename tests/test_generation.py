@@ -78,13 +78,17 @@ def test_guidance_scale_one_ignores_the_unconditional_branch(make_model, text_to
     assert not torch.equal(guided, changed)
 
 
-def test_both_guidance_conventions_and_the_papers_schedule():
-    mar = GenerationConfig(guidance_scale=7.0, guidance_schedule="linear")
+def test_both_guidance_conventions_and_their_schedules():
+    mar = GenerationConfig(guidance_scale=7.0, guidance_schedule="annealed")
     assert [mar.scale_at(i, 5) for i in (0, 2, 4)] == [7.0, 4.0, 1.0]
-    paper = GenerationConfig(guidance_weight=7.0, guidance_schedule="linear")
+    paper = GenerationConfig(guidance_weight=7.0, guidance_schedule="annealed")
     assert [paper.scale_at(i, 5) for i in (0, 2, 4)] == [8.0, 5.0, 2.0]  # s = 1 + w
     constant = GenerationConfig(guidance_weight=2.0, guidance_schedule="constant")
     assert {constant.scale_at(i, 5) for i in range(5)} == {3.0}
+    rising = GenerationConfig(guidance_scale=7.0, guidance_schedule="linear")  # MAR's
+    assert [rising.scale_at(i, 4) for i in range(4)] == [2.5, 4.0, 5.5, 7.0]
+    by_weight = GenerationConfig(guidance_weight=6.0, guidance_schedule="linear")
+    assert [by_weight.scale_at(i, 4) for i in range(4)] == [2.5, 4.0, 5.5, 7.0]
 
 
 def force_end(model, logit: float) -> None:

@@ -12,9 +12,9 @@ import torch
 from conftest import sine_manifest
 
 from mllm_audio import backbone as backbones
+from mllm_audio.data.clips import load_split
 from mllm_audio.data.layout import Audio, Text, collate
 from mllm_audio.data.messages import AudioPart, Message, TextPart, parse_messages, render
-from mllm_audio.data.shards import load_split
 from mllm_audio.generation.decode import GenerationConfig
 from mllm_audio.generation.hear import hear
 from mllm_audio.generation.text import TextConfig, TextSampler, TextStream

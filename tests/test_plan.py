@@ -75,7 +75,7 @@ def test_the_base_preset_states_the_papers_training():
     assert config.data.unconditional_share == 0.1
     generation = config.generation
     assert (generation.num_inference_steps, generation.temperature) == (100, 1.0)
-    assert (generation.guidance_scale, generation.guidance_schedule) == (7.0, "linear")
+    assert (generation.guidance_scale, generation.guidance_schedule) == (7.0, "annealed")
     large = get_preset("large_462m")
     assert (large.backbone.num_heads, large.train) == (16, config.train)
 

@@ -25,9 +25,10 @@ import torch
 
 import mllm_audio.data.prepare as prepare_module
 from mllm_audio import wav
+from mllm_audio.data.clips import load_split
 from mllm_audio.data.manifest import read_manifest, with_validation
 from mllm_audio.data.prepare import prepare
-from mllm_audio.data.shards import load_split, read_index
+from mllm_audio.data.shards import read_index
 from mllm_audio.tokenizers import load_tokenizer
 
 RATE = load_tokenizer("dct").sample_rate

@@ -19,9 +19,10 @@ from test_conversations import TALKS, write_rows
 from test_prepare import Crash, run, tones
 
 from mllm_audio.cli import cli
+from mllm_audio.data.clips import load_split
 from mllm_audio.data.conversations import load_conversations
 from mllm_audio.data.merge import merge
-from mllm_audio.data.shards import load_split, read_index
+from mllm_audio.data.shards import read_index
 from mllm_audio.tokenizers import load_tokenizer
 
 SCRIPT = Path(__file__).parents[1] / "scripts/prepare_slurm.sh"

@@ -89,8 +89,9 @@ def test_micro_batches_add_up_to_the_gradient_of_the_whole(make_model, prepared)
     """With the noise of each latent fixed, parts weighed by global counts are the whole."""
     from dataclasses import replace
 
-    from mllm_audio.data.dataset import CaptionedClips, DataConfig, TrainingData
-    from mllm_audio.data.shards import load_split
+    from mllm_audio.data.captioned import CaptionedClips
+    from mllm_audio.data.clips import load_split
+    from mllm_audio.data.dataset import DataConfig, TrainingData
     from mllm_audio.masking import MaskingConfig
     from mllm_audio.text import SpecialIds, train_text_tokenizer
     from mllm_audio.types import StepCounts

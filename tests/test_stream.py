@@ -23,11 +23,13 @@ from conftest import sine_manifest, test_run_config
 from mllm_audio.cli import cli
 from mllm_audio.config import override
 from mllm_audio.data import remote, stream
-from mllm_audio.data.dataset import CaptionedClips, DataConfig, TrainingData
+from mllm_audio.data.captioned import CaptionedClips
+from mllm_audio.data.clips import load_split
+from mllm_audio.data.dataset import DataConfig, TrainingData
 from mllm_audio.data.prefetch import prefetched
 from mllm_audio.data.prepare import prepare
-from mllm_audio.data.remote import LATENTS, ROWS, RemoteFolder, open_folder
-from mllm_audio.data.shards import load_split
+from mllm_audio.data.remote import RemoteFolder, open_folder
+from mllm_audio.data.shards import LATENTS, ROWS
 from mllm_audio.data.sources import TextSource
 from mllm_audio.data.stream import ClipStream, ShardedClips, captions
 from mllm_audio.masking import MaskingConfig

@@ -19,7 +19,7 @@ from conftest import test_run_config
 from safetensors.torch import save_file
 
 from mllm_audio.config import override
-from mllm_audio.data.shards import load_split
+from mllm_audio.data.clips import load_split
 from mllm_audio.generation.voice import Voice
 from mllm_audio.run import train_run
 from mllm_audio.training.checkpoint import (
@@ -317,7 +317,8 @@ def test_weight_decay_spares_vectors_positions_and_the_head(make_model):
 
 
 def test_an_epoch_holds_every_clip_once_and_masks_change_with_it(prepared, text_tokenizer, special):
-    from mllm_audio.data.dataset import CaptionedClips, DataConfig, TrainingData
+    from mllm_audio.data.captioned import CaptionedClips
+    from mllm_audio.data.dataset import DataConfig, TrainingData
     from mllm_audio.masking import MaskingConfig
 
     clips = load_split(prepared, "train")

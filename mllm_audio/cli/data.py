@@ -35,6 +35,10 @@ def _parse_shard(context: click.Context, option: click.Parameter, text: str) -> 
 @click.option(
     "--tokenizer", default="dct", show_default=True, help="dct, or audioldm:FOLDER_OR_HUB_ID."
 )
+@click.option(
+    "--conditioner",
+    help="Embed the captions too: clap_t5:clap=FOLDER,t5=FOLDER, or one of the two.",
+)
 @click.option("--max-seconds", type=float, default=10.24, show_default=True, help="Longest clip.")
 @click.option(
     "--crop", default="head", show_default=True, help="Of longer files: head, random, or reject."
@@ -105,6 +109,14 @@ def prepare(
     from mllm_audio.data.prepare import prepare as run_prepare
 
     part, num_parts = shard
-    tokenizer = options.pop("tokenizer")
-    report = run_prepare(sources[0], out, tokenizer, part=part, num_parts=num_parts, **options)
+    tokenizer, conditioner = options.pop("tokenizer"), options.pop("conditioner")
+    report = run_prepare(
+        sources[0],
+        out,
+        tokenizer,
+        part=part,
+        num_parts=num_parts,
+        conditioner_spec=conditioner,
+        **options,
+    )
     click.echo(str(report))

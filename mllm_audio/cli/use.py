@@ -24,10 +24,14 @@ from mllm_audio.cli.group import BASE, COUNT, PATH, cli
 @click.option("--num-inference-steps", type=int, help="Head calls per latent.")
 @click.option("--guidance-scale", type=float, help="MAR's s: 1 is no guidance.")
 @click.option("--guidance-weight", type=float, help="The paper's w = s - 1: 0 is no guidance.")
+@click.option("--guidance-schedule", help="constant, linear (MAR's rise) or annealed (the paper).")
 @click.option("--temperature", type=float, help="Scales the sampling noise.")
+@click.option("--decoding-order", help="Of AudioMAR: random or causal.")
+@click.option("--decoding-steps", type=int, help="Of AudioMAR: passes over a clip.")
 @click.option("--sampler", help="ddpm, euler or midpoint; the head's own by default.")
 @click.option("--seed", type=int, default=0, help="Of the first caption; the next has seed + 1.")
 @click.option("--batch-size", type=COUNT, default=32, show_default=True)
+@click.option("--conditioner", help="Where a conditioner's folders are now, if they moved.")
 @BASE
 def generate(run: Path, captions: tuple[str, ...], out: Path, **options: Any) -> None:
     """Generate one sound per CAPTION with the model in RUN."""
@@ -40,7 +44,7 @@ def generate(run: Path, captions: tuple[str, ...], out: Path, **options: Any) ->
             "found both --guidance-scale and --guidance-weight, expected one: s = 1 + w"
         )
     seed, batch_size = options.pop("seed"), options.pop("batch_size")
-    voice = Voice.load(run, options.pop("base"))
+    voice = Voice.load(run, options.pop("base"), conditioner=options.pop("conditioner"))
     given = {key: value for key, value in options.items() if value is not None}
     if "guidance_scale" in given:
         given["guidance_weight"] = None

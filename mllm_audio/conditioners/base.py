@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
+from torch.nn import functional
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,3 +37,16 @@ class Conditioner(Protocol):
             For each caption and stream (l, D_s) float32 on the CPU, l at most the stream's length:
             what is shorter is followed by zeros, see `pad`.
         """
+
+
+def pad(embeddings: Sequence[Tensor], streams: Sequence[PromptStream]) -> tuple[Tensor, ...]:
+    """Fill each (l, D_s) stream with zeros to its (L, D_s).
+
+    The language model attends to all of a prompt's elements, so that batches stay dense and the
+    null prompt is as long. What stands behind a caption's last token is the bias of the projection,
+    alike in every caption.
+    """
+    return tuple(
+        functional.pad(embedding.float(), (0, 0, 0, stream.length - len(embedding)))
+        for embedding, stream in zip(embeddings, streams, strict=True)
+    )

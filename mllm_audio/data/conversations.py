@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mllm_audio.data.clips import PreparedClip, load_split
 from mllm_audio.data.manifest import (
     SPLITS,
     ManifestRow,
@@ -28,7 +29,7 @@ from mllm_audio.data.messages import (
     TextPart,
     parse_messages,
 )
-from mllm_audio.data.shards import PreparedClip, load_split, read_index
+from mllm_audio.data.shards import read_index
 from mllm_audio.files import encode_lines
 
 CONVERSATIONS = "conversations.jsonl"  # in a prepared folder

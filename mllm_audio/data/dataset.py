@@ -20,7 +20,6 @@ from transformers import PreTrainedTokenizerBase
 from mllm_audio.data.config import DataConfig
 from mllm_audio.data.layout import Audio, Prompt, Row, Text, collate
 from mllm_audio.data.prefetch import prefetched
-from mllm_audio.data.shards import PreparedClip
 from mllm_audio.masking import MaskingConfig, sample_kept_positions, sample_ratio
 from mllm_audio.text import SpecialIds
 from mllm_audio.types import Batch
@@ -62,37 +61,6 @@ class InMemory(Sized):
 
     def expect(self, groups: Sequence[range]) -> None:
         """Do nothing."""
-
-
-@dataclass(frozen=True)
-class CaptionedClips(InMemory):
-    """Clips that follow one of their captions."""
-
-    clips: Sequence[PreparedClip]
-    text_tokenizer: PreTrainedTokenizerBase
-
-    def __len__(self) -> int:
-        """Count the clips."""
-        return len(self.clips)
-
-    def length(self, index: int) -> int:
-        """Count the latents of a clip."""
-        return self.clips[index].num_tokens
-
-    def name(self, index: int) -> str:
-        """Name the clip's sound file."""
-        return self.clips[index].name
-
-    def row(self, index: int, generator: torch.Generator) -> Row:
-        """Put the clip behind a caption drawn from its wordings."""
-        clip = self.clips[index]
-        text = Text(prompt_ids(self.text_tokenizer, self.caption(index, generator)))
-        return [text, Audio(clip.latents(), torch.arange(clip.num_tokens))]
-
-    def caption(self, index: int, generator: torch.Generator) -> str:
-        """Draw one of a clip's wordings."""
-        captions = self.clips[index].captions
-        return captions[int(torch.randint(len(captions), (1,), generator=generator))]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -105,14 +105,14 @@ def collate(
     return Batch(
         **values,
         segment_ids=segments,
-        prompts=_stacked([part for row in rows for part in row if isinstance(part, Prompt)]),
+        prompts=stacked([part for row in rows for part in row if isinstance(part, Prompt)]),
         masking_ratio=masking_ratio,
         names=tuple(names),
         num_elements=sum(lengths),
     )
 
 
-def _stacked(prompts: Sequence[Prompt]) -> tuple[Tensor, ...]:
+def stacked(prompts: Sequence[Prompt]) -> tuple[Tensor, ...]:
     """Put the streams of all prompts side by side, each (B', L, D_s)."""
     return tuple(
         torch.stack(stream) for stream in zip(*(p.embeddings for p in prompts), strict=True)

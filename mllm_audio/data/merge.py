@@ -17,7 +17,7 @@ from tqdm import tqdm
 from mllm_audio.data import encode, prepared, shards
 from mllm_audio.data.conversations import CONVERSATIONS
 from mllm_audio.data.prepared import PrepareReport
-from mllm_audio.data.shards import ShardIndex, shard_file
+from mllm_audio.data.shards import LATENTS, PROMPTS, ShardIndex, ShardInfo, shard_file
 from mllm_audio.files import write_atomic
 
 
@@ -62,13 +62,21 @@ def merge(parts: Sequence[Path | str], out: Path | str, *, progress: bool = True
         tokenizer=first.tokenizer,
         settings=first.settings,
         conversations_sha256=first.conversations_sha256,
+        conditioner=first.conditioner,
     )
     with prepared.claimed(out):
         index = prepared.begin(out, plan)
         is_changed = False
         for number in tqdm(plan.numbers, unit="shard", desc="merge", disable=not progress):
             is_changed |= _bring(folders[number % len(folders)], number, out)
+        index = replace(index, shards=_shards(folders))
         return prepared.finish(out, index, chats, is_changed=is_changed)
+
+
+def _shards(folders: Sequence[PartFolder]) -> tuple[ShardInfo, ...]:
+    """List the shards of all parts in order, as their indices do."""
+    every = [shard for folder in folders for shard in folder.index.shards]
+    return tuple(sorted(every, key=lambda shard: shard.file))
 
 
 def _ordered(paths: Sequence[Path]) -> list[PartFolder]:
@@ -113,6 +121,13 @@ def _check_alike(first: PartFolder, other: PartFolder) -> None:
             f"prepare one of them again into a new folder, e.g. with "
             f"`{replace(first.index, part=other.index.part).command(Path('PART'))}`"
         )
+    embedded = [folder.index.conditioner for folder in (first, other)]
+    if embedded[0] != embedded[1]:
+        raise ValueError(
+            f"{first.path} and {other.path} have prompts of {embedded[0] and embedded[0].spec} and "
+            f"{embedded[1] and embedded[1].spec}, expected the same; prepare both with the same "
+            "--conditioner"
+        )
     if first.index.num_parts != other.index.num_parts:
         raise ValueError(
             f"{first} and {other} are parts of different divisions, expected one n in --shard i/n; "
@@ -139,7 +154,9 @@ def _bring(folder: PartFolder, number: int, out: Path) -> bool:
     shard = folder.index.shards[number // folder.index.num_parts]
     source, target = (encode.record_path(path, number) for path in (folder.path, out))
     try:
-        damaged = None if encode.read_record(source).shard == shard else source
+        recorded = encode.read_record(source).shard  # which knows of no prompts
+        listed = replace(shard, prompts_sha256=None, prompts_size=0)
+        damaged = None if recorded == listed else source
     except (OSError, ValueError, TypeError):
         damaged = source
     if damaged is None:
@@ -153,7 +170,10 @@ def _bring(folder: PartFolder, number: int, out: Path) -> bool:
             f"{damaged} is missing or differs from what index.json of {folder} lists; repair it "
             f"with `{folder.command}`"
         )
-    _link_or_copy(folder.path / shard.file, out / shard.file)
+    suffixes = [LATENTS] if shard.prompts_sha256 is None else [LATENTS, PROMPTS]
+    for suffix in suffixes:
+        file = Path(shard.file).with_suffix(suffix)
+        _link_or_copy(folder.path / file, out / file)
     rows = Path(shard.file).with_suffix(".jsonl")
     # Written, not linked: that syncs the folder, so the link reaches the disk before the record.
     write_atomic(out / rows, (folder.path / rows).read_bytes())

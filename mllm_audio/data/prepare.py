@@ -18,6 +18,7 @@ from mllm_audio.data import conversations, encode, prepared, shards
 from mllm_audio.data.encode import Job, Part
 from mllm_audio.data.manifest import ManifestRow, read_manifest, with_validation
 from mllm_audio.data.prepared import PrepareReport
+from mllm_audio.data.prompts import embed_captions
 from mllm_audio.data.shards import PrepareSettings, ShardIndex, TokenizerInfo
 from mllm_audio.data.workers import encode_in_workers
 from mllm_audio.files import file_sha256
@@ -39,6 +40,7 @@ def prepare(
     longest_file_seconds: float = 3600.0,
     part: int = 1,
     num_parts: int = 1,
+    conditioner_spec: str | None = None,
     progress: bool = True,
 ) -> PrepareReport:
     """Encode every sound file of a manifest into the folder `out`, or continue doing so.
@@ -59,6 +61,8 @@ def prepare(
         longest_file_seconds: longer files are rejected unread.
         part: from 1 to `num_parts`: encode only this part of the shards, for `merge` to join.
         num_parts: folders that the shards are spread over.
+        conditioner_spec: what `load_conditioner` accepts, to embed the captions too; None leaves
+            the prompts that are there.
         progress: show a progress bar.
 
     Raises:
@@ -83,6 +87,11 @@ def prepare(
         raise ValueError(f"found part {part}/{num_parts}, expected i/n with i from 1 to n")
     manifest, out = Path(manifest), Path(out)
     rows, chats = _read(manifest, validation_share)
+    if chats is not None and conditioner_spec is not None:
+        raise ValueError(
+            f"{manifest} holds conversations, which a language model reads as text; leave "
+            "--conditioner out, or prepare captions"
+        )
     tokenizer = load_tokenizer(tokenizer_spec)
     plan = replace(
         _plan(manifest, len(rows), tokenizer_spec, tokenizer, settings),
@@ -97,7 +106,13 @@ def prepare(
     with prepared.claimed(out):
         index = prepared.begin(out, plan)
         is_changed = _encode(job, parts, tokenizer, num_workers, progress)
-        return prepared.finish(out, index, chats, is_changed=is_changed)
+        report = prepared.finish(out, index, chats, is_changed=is_changed)
+        if conditioner_spec is None:
+            return report
+        complete = shards.read_index(out, allow_incomplete=True)
+        embedded = embed_captions(out, complete, conditioner_spec, progress=progress)
+        already_complete = report.already_complete and embedded == complete
+        return replace(report, already_complete=already_complete)
 
 
 def _read(manifest: Path, validation_share: float) -> tuple[list[ManifestRow], bytes | None]:

@@ -184,6 +184,9 @@ def _complete(index: ShardIndex, records: list[Record], rejected_path: Path) -> 
             f"one; {len(rejected)} were rejected{reason}. See {rejected_path}"
         )
     mean, std = _statistics(records) if is_whole else ((), ())
+    # Records do not know of prompts, which were written later.
+    listed = {(shard.sha256, shard.rows_sha256): shard for shard in index.shards}
+    found = [listed.get((r.shard.sha256, r.shard.rows_sha256), r.shard) for r in records]
     clips = [(record.longest_clip, record.longest_clip_name) for record in records]
     longest_clip, longest_clip_name = max(clips, key=lambda clip: clip[0], default=(0, ""))
     return replace(
@@ -195,7 +198,8 @@ def _complete(index: ShardIndex, records: list[Record], rejected_path: Path) -> 
         num_rejected=len(rejected),
         longest_clip=longest_clip,
         longest_clip_name=longest_clip_name,
-        shards=tuple(record.shard for record in records),
+        shards=tuple(found),
+        conditioner=index.conditioner if all(shard.prompts_sha256 for shard in found) else None,
     )
 
 

@@ -30,10 +30,9 @@ from fsspec.registry import known_implementations
 
 from mllm_audio.data.config import DataConfig
 from mllm_audio.data.conversations import CONVERSATIONS
-from mllm_audio.data.shards import ShardIndex, ShardInfo, read_index
+from mllm_audio.data.shards import LATENTS, PROMPTS, ROWS, ShardIndex, ShardInfo, read_index
 from mllm_audio.files import file_sha256
 
-LATENTS, ROWS = ".safetensors", ".jsonl"  # the two files of a shard
 ATTEMPTS = 4  # to fetch a file, 1, 2 and 4 seconds apart
 BLOCKS_CACHED = 3  # what is read, what was left over from before, and what comes next
 
@@ -146,7 +145,8 @@ class RemoteFolder:
 
     def check_cache(self, shuffle_shards: int) -> None:
         """Refuse a cache that drops shards before they are used."""
-        sizes = [2 * shard.num_tokens * self.index.latent_dim for shard in self.index.shards]
+        per_token = 2 * self.index.latent_dim
+        sizes = [per_token * shard.num_tokens + shard.prompts_size for shard in self.index.shards]
         needed = min(sum(sizes), BLOCKS_CACHED * shuffle_shards * max(sizes)) / 2**30
         if needed > self.cache_gib:
             raise ValueError(
@@ -216,7 +216,8 @@ class RemoteFolder:
 
 
 def _is_whole(path: Path, shard: ShardInfo, suffix: str) -> bool:
-    expected = {LATENTS: shard.sha256, ROWS: shard.rows_sha256}[suffix]
+    checksums = {LATENTS: shard.sha256, ROWS: shard.rows_sha256, PROMPTS: shard.prompts_sha256}
+    expected = checksums[suffix]
     return path.is_file() and file_sha256(path) == expected
 
 

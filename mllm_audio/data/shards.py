@@ -11,6 +11,7 @@ Layout of a folder that `prepare` writes:
                                offsets int64 (n + 1), clip i is latents[offsets[i] : offsets[i + 1]]
                                num_samples int64 (n), waveform samples of each clip before padding
     shards/00000.jsonl         {"audio", "captions", "split", "extra"} of each clip, in that order
+    shards/00000.prompts.safetensors   its captions embedded, see `prompts.py`, if asked for
     records/00000.json         what resuming needs to know about the shard; readers ignore it
     .lock                      held by the process at work
 
@@ -26,18 +27,14 @@ import json
 import math
 import shlex
 from dataclasses import dataclass, field, fields
-from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-from safetensors import safe_open
-from torch import Tensor
-
+from mllm_audio.conditioners.base import PromptStream
 from mllm_audio.config import from_dict, to_dict
-from mllm_audio.data.manifest import SPLITS
 from mllm_audio.files import file_sha256, write_atomic
 
 FORMAT_VERSION = 2
+LATENTS, ROWS, PROMPTS = ".safetensors", ".jsonl", ".prompts.safetensors"  # files of a shard
 CROPS = ("head", "random", "reject")
 
 
@@ -83,9 +80,20 @@ class ShardInfo:
     file: str  # relative path of the safetensors file; its rows have the suffix .jsonl
     sha256: str  # of that file
     rows_sha256: str  # of the rows beside it
+    prompts_sha256: str | None = None  # of the prompts beside it; None: there are none
+    prompts_size: int = 0  # of that file, bytes
     num_clips: int  # n
     num_tokens: int  # sum of N
     counts: dict[str, int]  # clips per split
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConditionerInfo:
+    """The conditioner that made the prompts."""
+
+    spec: str  # what `load_conditioner` was given
+    fingerprint: str  # of its settings and weights
+    streams: tuple[PromptStream, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +117,7 @@ class ShardIndex:
     longest_clip: int = 0  # most latents of any clip of any split
     longest_clip_name: str = ""  # first such clip
     shards: tuple[ShardInfo, ...] = ()
+    conditioner: ConditionerInfo | None = None  # None: captions are not embedded
 
     @property
     def latent_dim(self) -> int:
@@ -130,6 +139,8 @@ class ShardIndex:
         """Phrase the shell command that makes, continues or repairs `folder`."""
         words = ["mllm-audio", "prepare", self.manifest, "--out", str(folder)]
         words += ["--tokenizer", self.tokenizer.spec]
+        if self.conditioner is not None:
+            words += ["--conditioner", self.conditioner.spec]
         if self.num_parts > 1:
             words += ["--shard", self.part_name]
         for option in fields(self.settings):
@@ -137,49 +148,6 @@ class ShardIndex:
             if value != option.default:
                 words += ["--" + option.name.replace("_", "-"), str(value)]
         return shlex.join(words)
-
-
-class ShardReader:
-    """Read latents of one shard through a memory map, opened at the first read.
-
-    It can be pickled: each process of a data loader maps the file again.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    @cached_property
-    def _tensors(self) -> Any:
-        return safe_open(self.path, framework="pt")
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path}
-
-    def read(self, name: str) -> list[int]:
-        """Read one of the small tensors, `offsets` or `num_samples`."""
-        return self._tensors.get_tensor(name).tolist()
-
-    def latents(self, start: int, stop: int) -> Tensor:
-        """Read latents `start` to `stop` of the shard: (stop - start, D) float32."""
-        return self._tensors.get_slice("latents")[start:stop].float()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PreparedClip:
-    """One clip of a prepared folder. Its latents stay on disk until they are asked for."""
-
-    name: str  # audio path as the manifest writes it
-    captions: tuple[str, ...]  # the caption, then its alternative wordings
-    split: str  # one of SPLITS
-    extra: dict[str, str]  # other columns of the manifest
-    num_samples: int  # waveform samples before padding
-    num_tokens: int  # N
-    reader: ShardReader
-    start: int  # of its latents in the shard
-
-    def latents(self) -> Tensor:
-        """Read the clip's latents: (N, D) float32, as the tokenizer made them."""
-        return self.reader.latents(self.start, self.start + self.num_tokens)
 
 
 def read_index(folder: Path | str, *, allow_incomplete: bool = False) -> ShardIndex:
@@ -226,53 +194,6 @@ def read_index(folder: Path | str, *, allow_incomplete: bool = False) -> ShardIn
     return index
 
 
-def load_split(folder: Path | str, split: str, *, verify: bool = True) -> list[PreparedClip]:
-    """List the clips of one split, perhaps none, latents left on disk.
-
-    Args:
-        folder: a complete prepared folder.
-        split: one of SPLITS.
-        verify: compare the checksum of every file first; reads the whole folder once.
-
-    Raises:
-        ValueError: if the folder is incomplete, a file is damaged, or there is no such split.
-    """
-    folder = Path(folder)
-    index = read_index(folder)
-    if split not in SPLITS:
-        raise ValueError(f"split is {split!r}, expected one of {', '.join(SPLITS)}")
-    clips: list[PreparedClip] = []
-    for shard in index.shards:
-        damaged = find_damage(folder, shard) if verify else None
-        if damaged is not None:
-            raise ValueError(
-                f"{damaged} is missing or differs from its checksum in index.json; repair it with "
-                f"`{index.command(folder)}`"
-            )
-        clips += [clip for clip in read_shard(folder / shard.file) if clip.split == split]
-    return clips
-
-
-def read_shard(path: Path) -> list[PreparedClip]:
-    """List the clips of a shard, of every split, latents left on disk; nothing is verified."""
-    reader = ShardReader(path)
-    offsets, num_samples = reader.read("offsets"), reader.read("num_samples")
-    with path.with_suffix(".jsonl").open(encoding="utf-8") as file:
-        return [
-            PreparedClip(
-                name=row["audio"],
-                captions=tuple(row["captions"]),
-                split=row["split"],
-                extra=row["extra"],
-                num_samples=num_samples[i],
-                num_tokens=offsets[i + 1] - offsets[i],
-                reader=reader,
-                start=offsets[i],
-            )
-            for i, row in enumerate(map(json.loads, file))
-        ]
-
-
 def shard_file(number: int) -> str:
     """Relative path of shard `number`."""
     return f"shards/{number:05d}.safetensors"
@@ -286,8 +207,9 @@ def write_index(folder: Path, index: ShardIndex) -> None:
 def find_damage(folder: Path, shard: ShardInfo) -> Path | None:
     """Return the first file of the shard that is missing or differs from its checksum."""
     path = folder / shard.file
-    expected = {path: shard.sha256, path.with_suffix(".jsonl"): shard.rows_sha256}
-    for file, sha256 in expected.items():
-        if not file.is_file() or file_sha256(file) != sha256:
+    checksums = {LATENTS: shard.sha256, ROWS: shard.rows_sha256, PROMPTS: shard.prompts_sha256}
+    for suffix, sha256 in checksums.items():
+        file = path.with_suffix(suffix)
+        if sha256 is not None and not (file.is_file() and file_sha256(file) == sha256):
             return file
     return None

@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from mllm_audio.data.captioned import CaptionedClips
+from mllm_audio.data.clips import PreparedClip
 from mllm_audio.data.conversations import Conversation, caption_conversation, parse_conversation
-from mllm_audio.data.dataset import CaptionedClips, InMemory
+from mllm_audio.data.dataset import InMemory
 from mllm_audio.data.layout import Row, Text
 from mllm_audio.data.manifest import read_rows
 from mllm_audio.data.messages import AudioPiece, render, to_row
-from mllm_audio.data.shards import PreparedClip
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,16 @@ from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import Any
 
-from mllm_audio.data.dataset import CaptionedClips
-from mllm_audio.data.remote import LATENTS, ROWS, PreparedFolder
-from mllm_audio.data.shards import PreparedClip, ShardInfo, read_shard
+import torch
+from torch import Tensor
+
+from mllm_audio.conditioners.base import PromptStream, pad
+from mllm_audio.data.captioned import CaptionedClips
+from mllm_audio.data.clips import PreparedClip, read_shard
+from mllm_audio.data.layout import Audio, Prompt, Row
+from mllm_audio.data.prompts import PromptReader
+from mllm_audio.data.remote import PreparedFolder
+from mllm_audio.data.shards import LATENTS, PROMPTS, ROWS, ShardInfo
 
 READERS = 8  # files checked or fetched at once
 
@@ -26,15 +33,24 @@ class ClipStream(Sequence[PreparedClip]):
         split: one of SPLITS.
         shuffle_shards: shards whose rows are shuffled together. Twice as many stay open, as rows
             may be left over from those before; the one used longest ago is closed for another.
+        streams: of the conditioner that `prompt` reads.
     """
 
-    def __init__(self, folder: PreparedFolder, split: str, shuffle_shards: int) -> None:
-        self.folder, self.split = folder, split
+    def __init__(
+        self,
+        folder: PreparedFolder,
+        split: str,
+        shuffle_shards: int,
+        streams: Sequence[PromptStream] = (),
+    ) -> None:
+        self.folder, self.split, self.streams = folder, split, streams
+        self._suffixes = (ROWS, LATENTS, *([PROMPTS] if streams else []))
         self._shards = [shard for shard in folder.index.shards if shard.counts[split]]
         stops = [0, *accumulate(shard.counts[split] for shard in self._shards)]
         self.groups = [range(*ends) for ends in pairwise(stops)]
         self._stops = stops[1:]
         self._open = lru_cache(maxsize=2 * shuffle_shards)(self._read)
+        self._open_prompts = lru_cache(maxsize=2 * shuffle_shards)(self._read_prompts)
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="shards")
         self._expected: dict[int, Future[None]] = {}  # by the number of the shard
 
@@ -47,6 +63,11 @@ class ClipStream(Sequence[PreparedClip]):
         number = bisect_right(self._stops, index)
         return self._open(number)[index - self.groups[number].start]
 
+    def prompt(self, index: int, wording: int) -> tuple[Tensor, ...]:
+        """Read the streams, each (L, D_s), of one of a clip's wordings."""
+        reader = self._open_prompts(bisect_right(self._stops, index))
+        return pad(reader.read(self[index].first_caption + wording), self.streams)
+
     def expect(self, groups: Sequence[range]) -> None:
         """Check or fetch the shards of these groups in the background, in order, and no others."""
         numbers = [bisect_right(self._stops, group.start) for group in groups]
@@ -58,7 +79,7 @@ class ClipStream(Sequence[PreparedClip]):
                 self._expected[number] = self._readers.submit(self._fetch, shard)
 
     def _fetch(self, shard: ShardInfo) -> None:
-        for suffix in (ROWS, LATENTS):
+        for suffix in self._suffixes:
             self.folder.file(shard, suffix)
 
     def _read(self, number: int) -> list[PreparedClip]:
@@ -69,12 +90,24 @@ class ClipStream(Sequence[PreparedClip]):
         clips = read_shard(self.folder.file(shard, LATENTS))
         return [clip for clip in clips if clip.split == self.split]
 
+    def _read_prompts(self, number: int) -> PromptReader:
+        path = self.folder.file(self._shards[number], PROMPTS)
+        return PromptReader(path, [stream.name for stream in self.streams])
+
 
 @dataclass(frozen=True)
 class ShardedClips(CaptionedClips):
     """Clips that follow one of their captions, streamed from shards."""
 
     clips: ClipStream
+
+    def row(self, index: int, generator: torch.Generator) -> Row:
+        """Put the clip behind a caption drawn from its wordings, as text or embedded."""
+        if not self.clips.streams:
+            return super().row(index, generator)
+        clip = self.clips[index]
+        prompt = Prompt(self.clips.prompt(index, self.wording(index, generator)))
+        return [prompt, Audio(clip.latents(), torch.arange(clip.num_tokens))]
 
     def groups(self) -> Sequence[range]:
         """List the rows of each shard."""

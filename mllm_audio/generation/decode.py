@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import torch
 from torch import Tensor
 
 from mllm_audio.config import check_range
+from mllm_audio.data.layout import Prompt, stacked
 from mllm_audio.diffusion.noise import Noise
 from mllm_audio.generation.rows import Rows, text_batch
 from mllm_audio.heads.base import SamplingConfig
@@ -18,7 +19,8 @@ from mllm_audio.model import AudioLanguageModel
 from mllm_audio.text import SpecialIds
 from mllm_audio.types import Batch
 
-GUIDANCE_SCHEDULES = ("constant", "linear")
+GUIDANCE_SCHEDULES = ("constant", "linear", "annealed")
+DECODING_ORDERS = ("random", "causal")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,22 +29,25 @@ class GenerationConfig:
 
     Guidance has two conventions in the field. `guidance_scale` is MAR's s in
     uncond + s (cond - uncond), where 1 is no guidance; `guidance_weight` is the paper's w (eq. 4)
-    in cond + w (cond - uncond), where 0 is no guidance: s = 1 + w. The `linear` schedule is the
+    in cond + w (cond - uncond), where 0 is no guidance: s = 1 + w. The `annealed` schedule is the
     paper's eq. 5: from the given value at the first latent to 1 at the last. We default to s,
-    because there the schedule's end value of 1 means what it says: no guidance.
+    because there the schedule's end value of 1 means what it says: no guidance. The `linear`
+    schedule is MAR's: it rises from no guidance to the given value with the share that is decoded.
     """
 
     num_inference_steps: int = 100  # head calls per latent (midpoint: two a step)
     sampler: str | None = None  # key in SAMPLERS; None = the head's own
     guidance_scale: float = 7.0  # MAR's s
     guidance_weight: float | None = None  # the paper's w; takes the place of guidance_scale
-    guidance_schedule: str = "linear"  # constant, or linear to 1 over the clip
+    guidance_schedule: str = "annealed"  # in GUIDANCE_SCHEDULES
     temperature: float = 1.0  # scales the standard deviation of the sampling noise
     seconds: float | None = None  # exact duration; None lets the end-of-audio output decide
     min_seconds: float = 0.16  # never end before
     max_seconds: float | None = None  # always end by; None = the model's longest clip
     end_threshold: float | None = None  # end where its probability exceeds this; None samples it
     as_request: bool = False  # `generate` puts captions through the chat template, as a user's
+    decoding_order: str = "random"  # of AudioMAR, in DECODING_ORDERS
+    decoding_steps: int = 64  # of AudioMAR: passes over a clip, at most one per latent
 
     def __post_init__(self) -> None:
         """Check ranges and names."""
@@ -51,7 +56,12 @@ class GenerationConfig:
                 f"unknown guidance schedule {self.guidance_schedule!r}, "
                 f"expected one of {', '.join(GUIDANCE_SCHEDULES)}"
             )
-        check_range("generation", self, 1, 10_000, "num_inference_steps")
+        if self.decoding_order not in DECODING_ORDERS:
+            raise ValueError(
+                f"unknown decoding order {self.decoding_order!r}, "
+                f"expected one of {', '.join(DECODING_ORDERS)}"
+            )
+        check_range("generation", self, 1, 10_000, "num_inference_steps", "decoding_steps")
         check_range("generation", self, 0, 10, "temperature")
         check_range("generation", self, -1000, 1000, "guidance_scale", "guidance_weight")
         check_range("generation", self, 0, 86_400, "seconds", "max_seconds", open_low=True)
@@ -63,8 +73,11 @@ class GenerationConfig:
         extra, first = (0.0, self.guidance_scale)
         if self.guidance_weight is not None:
             extra, first = 1.0, self.guidance_weight
-        if self.guidance_schedule == "linear" and num_tokens > 1:
+        if self.guidance_schedule == "annealed" and num_tokens > 1:
             first += (1.0 - first) * position / (num_tokens - 1)
+        if self.guidance_schedule == "linear":
+            share = (position + 1) / num_tokens
+            return 1.0 + (extra + first - 1.0) * share
         return extra + first
 
     def is_guided(self, num_tokens: int) -> bool:
@@ -102,14 +115,16 @@ def token_limits(model: AudioLanguageModel, config: GenerationConfig) -> tuple[i
     return fewest, longest
 
 
-def check_prompts(model: AudioLanguageModel, prompts: Sequence[Tensor], num_tokens: int) -> None:
+def check_prompts(
+    model: AudioLanguageModel, prompts: Sequence[Tensor | Prompt], num_tokens: int
+) -> None:
     """Refuse a prompt that leaves no room for `num_tokens` latents among the positions.
 
     Raises:
         ValueError: with the length found and the room there is.
     """
     room = model.backbone.config.max_position_embeddings - num_tokens - 1
-    longest = max(len(prompt) for prompt in prompts)
+    longest = max(map(_length, prompts))
     if longest > room:
         raise ValueError(
             f"a caption has {longest} text tokens, the model has room for {room} beside "
@@ -122,7 +137,7 @@ def check_prompts(model: AudioLanguageModel, prompts: Sequence[Tensor], num_toke
 @torch.inference_mode()
 def decode(
     model: AudioLanguageModel,
-    prompts: Sequence[Tensor],
+    prompts: Sequence[Tensor | Prompt],
     special: SpecialIds,
     seeds: Sequence[int],
     config: GenerationConfig,
@@ -134,7 +149,7 @@ def decode(
 
     Args:
         model: in evaluation mode.
-        prompts: R tensors of text ids, each (L,).
+        prompts: R tensors of text ids, each (L,), or embedded captions.
         special: ids of the audio tokens.
         seeds: one per prompt.
         config: durations, guidance, steps.
@@ -145,9 +160,8 @@ def decode(
     _, longest = token_limits(model, config)
     check_prompts(model, prompts, longest)
     guided = config.is_guided(longest)
-    batch, mask = _prompt_batch(
-        prompts, special, guided, model.device, model.audio.config.latent_dim
-    )
+    batch, mask = _prompt_batch(prompts, special, guided, model.audio.config.latent_dim)
+    batch, mask = batch.to(model.device), mask.to(model.device)
     rows = Rows.begin(model, special, guided, model.embed(batch), batch.position_ids, mask)
     # What follows the last latent is not asked for, so the step that feeds it is not taken.
     yield from islice(audio_span(rows, seeds, config, longest), longest)
@@ -191,24 +205,26 @@ def audio_span(
         rows.feed_latents(latents, index, audio.config.end_of_audio or index + 1 < longest)
 
 
+def _length(prompt: Tensor | Prompt) -> int:
+    """Count the elements of a prompt."""
+    return sum(map(len, prompt.embeddings)) if isinstance(prompt, Prompt) else len(prompt)
+
+
 def _prompt_batch(
-    prompts: Sequence[Tensor],
-    special: SpecialIds,
-    guided: bool,
-    device: torch.device,
-    latent_dim: int,
+    prompts: Sequence[Tensor | Prompt], special: SpecialIds, guided: bool, latent_dim: int
 ) -> tuple[Batch, Tensor]:
     """Lay prompts and `<|audio_start|>` out, padded on the left, unconditional twins below.
 
     Left padding puts every row's next element in the same cache slot; position ids and the
     attention mask hide it from the model.
     """
-    rows, longest = len(prompts), max(len(prompt) for prompt in prompts) + 1
+    rows, longest = len(prompts), max(map(_length, prompts)) + 1
     input_ids = torch.full((rows, longest), special.audio_start)
     mask = torch.zeros(rows, longest, dtype=torch.bool)
     for row, prompt in enumerate(prompts):
-        input_ids[row, longest - 1 - len(prompt) : -1] = prompt
-        mask[row, longest - 1 - len(prompt) :] = True
+        begin = longest - 1 - _length(prompt)
+        input_ids[row, begin:-1] = special.cond if isinstance(prompt, Prompt) else prompt
+        mask[row, begin:] = True
     is_null = mask.repeat(2, 1)  # (2R, T)
     is_null[:, -1] = False
     is_null[:rows] = False
@@ -217,13 +233,17 @@ def _prompt_batch(
     copies = 2 if guided else 1
 
     def both(value: Tensor) -> Tensor:
-        return value.repeat(copies, *[1] * (value.dim() - 1)).to(device)
+        return value.repeat(copies, *[1] * (value.dim() - 1))
 
     batch = text_batch(
         both(input_ids),
         both((mask.long().cumsum(dim=1) - 1).clamp_min(0)),
-        is_null[: copies * rows].to(device),
+        is_null[: copies * rows],
         both(predicts),
         latent_dim,
     )
+    embedded = stacked([prompt for prompt in prompts if isinstance(prompt, Prompt)])
+    if embedded:
+        is_prompt = both(input_ids == special.cond)
+        batch = replace(batch, is_prompt=is_prompt, prompts=tuple(map(both, embedded)))
     return batch, both(mask)

@@ -6,6 +6,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from mllm_audio.conditioners import Conditioner, load_conditioner, pad
 from mllm_audio.config import from_dict, read_json, to_dict
 from mllm_audio.data.dataset import prompt_ids
-from mllm_audio.data.layout import Audio, Text
+from mllm_audio.data.layout import Audio, Prompt, Text
 from mllm_audio.data.messages import AudioPart, Message, TextPart, parse_messages, render, to_row
 from mllm_audio.generation.decode import GenerationConfig, decode
 from mllm_audio.generation.hear import hear
@@ -38,15 +40,24 @@ class Voice:
     text_tokenizer: PreTrainedTokenizerBase
     audio_tokenizer: AudioTokenizer
     defaults: GenerationConfig
+    conditioner_spec: str | None = None  # where the conditioner is now, if it moved
 
     @classmethod
-    def load(cls, folder: Path | str, base: str | None = None, *, merge: bool = True) -> Voice:
+    def load(
+        cls,
+        folder: Path | str,
+        base: str | None = None,
+        *,
+        merge: bool = True,
+        conditioner: str | None = None,
+    ) -> Voice:
         """Load a folder that `mllm-audio train`, `add-voice` or `save` wrote.
 
         Args:
             folder: a checkpoint, or an adapter, which is merged into its base model.
             base: where an adapter's base model is now, if it moved.
             merge: false leaves an adapter beside its base model.
+            conditioner: spec of the conditioner, if its folders moved.
 
         Raises:
             ValueError: if the folder is no such checkpoint, or its audio tokenizer is not the one
@@ -66,7 +77,31 @@ class Voice:
         path = folder / GENERATION_FILE
         values = read_json(path, "delete it to use the defaults") if path.is_file() else {}
         defaults: GenerationConfig = from_dict(GenerationConfig, values, str(path))
-        return cls(model, model.text_tokenizer, audio_tokenizer, defaults)
+        return cls(model, model.text_tokenizer, audio_tokenizer, defaults, conditioner)
+
+    @cached_property
+    def conditioner(self) -> Conditioner:
+        """Load what embeds captions, at the first caption.
+
+        Raises:
+            ValueError: if it is not the one that the model was trained with.
+        """
+        config = self.model.audio.config
+        spec = self.conditioner_spec or config.conditioner
+        if spec is None:
+            raise ValueError(
+                "the model was not trained yet, so it names no conditioner; pass one, as "
+                "--conditioner clap_t5:clap=FOLDER,t5=FOLDER"
+            )
+        conditioner = load_conditioner(spec, self.model.device)
+        expected = config.conditioner_fingerprint
+        if expected and conditioner.fingerprint != expected:
+            raise ValueError(
+                f"the model was trained on prompts of {config.conditioner} with fingerprint "
+                f"{expected}, found {spec} with {conditioner.fingerprint}; name the one it was "
+                "trained with, as --conditioner clap_t5:clap=FOLDER,t5=FOLDER"
+            )
+        return conditioner
 
     def save(self, folder: Path | str, state_dict: dict[str, Tensor] | None = None) -> None:
         """Write a checkpoint, or an adapter while the backbone stands still; see `model.py`."""
@@ -118,7 +153,7 @@ class Voice:
         on_step: Callable[[int], None] | None = None,
     ) -> list[Tensor]:
         """Generate the latents of one batch of captions, each (N, D)."""
-        prompts = [self._prompt(caption, config) for caption in captions]
+        prompts = self.prompts(captions, config)
         special = SpecialIds.of(self.text_tokenizer)
         steps = []
         for step in decode(self.model, prompts, special, seeds, config):
@@ -128,6 +163,20 @@ class Voice:
         latents = torch.stack([step.latents for step in steps], dim=1)  # (R, N, D)
         lengths = torch.stack([step.active for step in steps]).sum(dim=0)  # (R,)
         return [row[:length] for row, length in zip(latents, lengths.tolist(), strict=True)]
+
+    def prompts(
+        self, captions: Sequence[str], config: GenerationConfig
+    ) -> Sequence[Tensor | Prompt]:
+        """Make prompts of captions: embedded, or text ids, each (L,)."""
+        streams = self.model.audio.config.prompt_streams
+        if not streams:
+            return [self._prompt(caption, config) for caption in captions]
+        if not all(caption.strip() for caption in captions):
+            raise ValueError("found an empty caption, expected a description of the sound to make")
+        names = [stream.name for stream in self.conditioner.streams]
+        places = [names.index(stream.name) for stream in streams]
+        embedded = self.conditioner.embed(captions)
+        return [Prompt(pad([row[place] for place in places], streams)) for row in embedded]
 
     def _prompt(self, caption: str, config: GenerationConfig) -> Tensor:
         """Tokenize a caption, (L,), as it is or as a request that sound answers."""
