@@ -31,10 +31,13 @@ def describe(name: str, base: str | None = None) -> str:
         raise ValueError(
             f"found neither a folder nor a preset {name!r}; presets: {', '.join(PRESETS)}"
         )
-    return table(sketch(get_preset(name)), f"preset {name}, {VOCABULARY}")
+    config = get_preset(name)
+    origin = f"preset {name}, {PROMPTED if config.audio.prompt_streams else VOCABULARY}"
+    return "\n".join([table(sketch(config), origin), *filter(None, [DISAGREEMENTS.get(name)])])
 
 
 VOCABULARY = "text tokens are bytes; a run adds its captions' words"
+PROMPTED = "prompted by embeddings of captions, without text tokens, head or end of audio"
 
 
 def sketch(config: RunConfig) -> AudioLanguageModel:
@@ -52,6 +55,17 @@ def sketch(config: RunConfig) -> AudioLanguageModel:
     with torch.device("meta"):
         backbone = build_backbone(config.backbone, len(tokenizer))
         return AudioLanguageModel(backbone, config.audio)
+
+
+# Where the paper's own numbers disagree, printed below the counts of these presets.
+DISAGREEMENTS = {
+    "audiomntp_base": "The paper's 193 M: with what MAR's code keeps and this model has no use for "
+    "(decoder embedding, a second norm, a second table of positions) it would be 192.98 M.",
+    "audiomntp_large": "The paper states 462 M and a head of 6 x 1024, which give 441.75 M "
+    "(audiomntp_large_1024); a head of 6 x 1280, MAR-Large's, gives its 462 M, and is used here.",
+    "audiomntp_large_1024": "The head of 6 x 1024 that the paper states gives 441.75 M, not the "
+    "462 M that it states too; see audiomntp_large.",
+}
 
 
 def table(model: AudioLanguageModel, origin: str) -> str:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -19,9 +18,9 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging
 
 from mllm_audio.backbone import run, text_logits
+from mllm_audio.quiet import quiet
 from mllm_audio.weights import ADAPTER_FILE
 
 
@@ -34,7 +33,7 @@ def load_backbone(path: str, dtype: torch.dtype = torch.float32) -> PreTrainedMo
     """
     config = _load_config(path)
     try:
-        with _quiet(is_local=Path(path).is_dir()):
+        with quiet(is_local=Path(path).is_dir()):
             backbone, report = AutoModelForCausalLM.from_pretrained(
                 path,
                 config=config,
@@ -57,21 +56,6 @@ def load_backbone(path: str, dtype: torch.dtype = torch.float32) -> PreTrainedMo
     check_decoder(backbone, path)
     loaded: PreTrainedModel = backbone
     return loaded
-
-
-@contextmanager
-def _quiet(is_local: bool) -> Iterator[None]:
-    """Keep transformers' tables of weights off the terminal, and its bars unless it downloads."""
-    level, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    if is_local:
-        logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if has_bars:
-            logging.enable_progress_bar()
 
 
 def _load_config(path: str) -> PretrainedConfig:

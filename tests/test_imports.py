@@ -15,7 +15,7 @@ PACKAGE = ROOT / "mllm_audio"
 # Lowest first. A folder stands for every module in it; modules of one folder may import each other.
 LAYERS = [
     {"types", "config"},
-    {"wav", "diffusion", "files", "hardware"},
+    {"wav", "diffusion", "files", "hardware", "quiet"},
     {"tokenizers", "conditioners", "backbone", "heads", "masking", "text", "weights"},
     {"modality", "adapter", "pretrained", "data", "evaluation", "listening", "peers"},
     {"folder"},

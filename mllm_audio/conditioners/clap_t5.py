@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mllm_audio.conditioners.base import PromptStream
 from mllm_audio.files import file_sha256
+from mllm_audio.quiet import quiet
 
 T5_LENGTH = 77  # tokens of a caption that are kept, the end token among them
 BATCH_SIZE = 64  # captions embedded at once
@@ -156,8 +157,11 @@ def _load(kind: Any, source: str, device: torch.device) -> tuple[Any, Any]:
     from transformers import AutoTokenizer
 
     try:
-        model = kind.from_pretrained(source, dtype=torch.float32, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        with quiet(is_local=Path(source).is_dir()):
+            model, report = kind.from_pretrained(
+                source, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+            )
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     # Bad ids are ValueErrors, missing files and networks OSErrors; each names what it looked for.
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
@@ -165,6 +169,11 @@ def _load(kind: Any, source: str, device: torch.device) -> tuple[Any, Any]:
             f"{source} cannot be loaded as {kind.__name__} ({reason}); expected a folder or hub id "
             "in the layout of transformers, with its tokenizer"
         ) from error
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(
+            f"{source} lacks {len(missing)} weights of a {kind.__name__}, e.g. {missing[:3]}; "
+            "expected a whole checkpoint"
+        )
     return model.to(device).eval(), tokenizer
 
 

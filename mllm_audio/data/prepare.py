@@ -110,9 +110,8 @@ def prepare(
         if conditioner_spec is None:
             return report
         complete = shards.read_index(out, allow_incomplete=True)
-        embedded = embed_captions(out, complete, conditioner_spec, progress=progress)
-        already_complete = report.already_complete and embedded == complete
-        return replace(report, already_complete=already_complete)
+        is_changed = embed_captions(out, complete, conditioner_spec, progress=progress)
+        return replace(report, already_complete=report.already_complete and not is_changed)
 
 
 def _read(manifest: Path, validation_share: float) -> tuple[list[ManifestRow], bytes | None]:

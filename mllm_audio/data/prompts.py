@@ -61,7 +61,7 @@ class PromptReader:
         )
 
 
-def embed_captions(folder: Path, index: ShardIndex, spec: str, *, progress: bool) -> ShardIndex:
+def embed_captions(folder: Path, index: ShardIndex, spec: str, *, progress: bool) -> bool:
     """Write the prompts of every shard that has none of this conditioner; complete the index.
 
     Args:
@@ -70,17 +70,22 @@ def embed_captions(folder: Path, index: ShardIndex, spec: str, *, progress: bool
         spec: what `load_conditioner` accepts.
         progress: show a progress bar.
 
+    Returns:
+        Whether anything had to be written.
+
     Raises:
         ValueError: if the conditioner cannot be loaded, or an embedding is not finite in float16.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     conditioner = load_conditioner(spec, device)
-    shards = []
+    shards, is_changed = [], False
     for shard in tqdm(index.shards, desc="captions", unit="shard", disable=not progress):
         path = (folder / shard.file).with_suffix(PROMPTS)
-        header = {"conditioner": conditioner.fingerprint, "rows": shard.rows_sha256}
+        # One entry: the order of several is not kept, and with it the bytes would change.
+        header = {"made_from": f"{conditioner.fingerprint} {shard.rows_sha256}"}
         if not _is_current(path, shard, header):
             write_atomic(path, _encode(folder / shard.file, conditioner, header))
+            is_changed = True
         size = path.stat().st_size
         shards.append(replace(shard, prompts_sha256=file_sha256(path), prompts_size=size))
     info = ConditionerInfo(
@@ -89,7 +94,7 @@ def embed_captions(folder: Path, index: ShardIndex, spec: str, *, progress: bool
     complete = replace(index, shards=tuple(shards), conditioner=info)
     if complete != index:
         write_index(folder, complete)
-    return complete
+    return is_changed or complete != index
 
 
 def _is_current(path: Path, shard: ShardInfo, header: dict[str, str]) -> bool:

@@ -111,8 +111,13 @@ def audiomntp_large_1024() -> RunConfig:
 
 def audiomar_base() -> RunConfig:
     """AudioMAR Base (tables 3 K and 6): bidirectional, 12 blocks of encoder and 12 of decoder."""
-    base = replace(audiomntp_base(), architecture="audiomar")
-    return masked(base, "audiomar_base", schedule="mar", hidden="own")
+    base = audiomntp_base()
+    return replace(
+        base,
+        preset="audiomar_base",
+        architecture="audiomar",
+        masking=replace(base.masking, schedule="mar", hidden="own"),
+    )
 
 
 def masked(config: RunConfig, preset: str, **masking: Any) -> RunConfig:
