@@ -1,0 +1,1 @@
+"""Published datasets to manifests that `mllm-audio prepare` reads."""
