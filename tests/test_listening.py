@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -476,6 +477,7 @@ def test_only_this_machine_is_served_unless_asked(folders, tmp_path):
                 ListeningServer(panel, "127.0.0.1", server.server_address[1])
         with ListeningServer(panel, "0.0.0.0", 0, allow_remote=True) as server:
             assert server.knows("192.168.0.9:80")
+            assert server.knows(f"{socket.gethostname().upper()}:80")
             assert not server.knows("evil.example")
 
 

@@ -63,7 +63,8 @@ class ListeningServer(ThreadingTCPServer):
                 "--allow-remote if they may, or --host 127.0.0.1"
             )
         self.panel, self.allow_remote = panel, allow_remote
-        self.names = {"localhost", *([host, socket.gethostname()] if allow_remote else [])}
+        own = (host, socket.gethostname()) if allow_remote else ()
+        self.names = {"localhost", *map(str.lower, own)}
         folder = resources.files("mllm_audio.listening")
         self.pages = {
             path: (folder.joinpath(file).read_bytes(), kind) for path, (file, kind) in PAGES.items()
