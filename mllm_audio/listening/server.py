@@ -10,6 +10,7 @@ import json
 import socket
 import sqlite3
 import sys
+from collections.abc import Callable
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
 from importlib import resources
@@ -132,7 +133,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self._answer(self._post)
 
-    def _answer(self, respond: Any) -> None:
+    def _answer(self, respond: Callable[[], tuple[bytes, str]]) -> None:
         """Send what `respond` gives, or the error; what it says about files stays on this side."""
         status = HTTPStatus.OK
         try:
