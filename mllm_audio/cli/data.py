@@ -37,11 +37,14 @@ def _parse_shard(context: click.Context, option: click.Parameter, text: str) -> 
 )
 @click.option(
     "--conditioner",
-    help="Embed the captions too: clap_t5:clap=FOLDER,t5=FOLDER, or one of the two.",
+    help="Embed the captions too: clap_t5:clap=FOLDER,t5=FOLDER, or one of the two, or words.",
 )
 @click.option("--max-seconds", type=float, default=10.24, show_default=True, help="Longest clip.")
 @click.option(
     "--crop", default="head", show_default=True, help="Of longer files: head, random, or reject."
+)
+@click.option(
+    "--pad", is_flag=True, help="Shorter clips with silence to --max-seconds: the paper's models."
 )
 @click.option(
     "--longest-file-seconds",

@@ -8,17 +8,21 @@ import torch
 
 from mllm_audio.conditioners.base import Conditioner, PromptStream, pad
 from mllm_audio.conditioners.clap_t5 import ClapT5
+from mllm_audio.conditioners.words import Words
 from mllm_audio.config import nearest
 
 __all__ = ["CONDITIONERS", "Conditioner", "PromptStream", "load_conditioner", "pad"]
 
 CONDITIONERS: dict[str, Callable[[dict[str, str], torch.device], Conditioner]] = {
     "clap_t5": ClapT5.from_pretrained,
+    "words": Words.from_pretrained,
 }
 
 
 def load_conditioner(spec: str, device: torch.device | str = "cpu") -> Conditioner:
-    """Load the conditioner that `spec` names: "clap_t5:clap=FOLDER,t5=FOLDER", or one of the two.
+    """Load the conditioner that `spec` names.
+
+    "clap_t5:clap=FOLDER,t5=FOLDER", or one of the two, or "words", which has no weights.
 
     Raises:
         ValueError: if name, sources or weights are not what was expected.

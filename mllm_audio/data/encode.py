@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save
 from torch import Tensor
 
@@ -110,7 +111,7 @@ def _encode_shard(
         stamp = file_stamp(path)
         try:
             waveform = _load(row, path, tokenizer.sample_rate, job.settings)  # (S,)
-            latents = _encode(tokenizer, waveform)  # (N, D) float16
+            latents = _encode(tokenizer, _padded(waveform, tokenizer, job.settings))  # (N, D)
         except _RejectedError as error:
             rejected.append(
                 Rejection(line=row.line, audio=row.audio, reason=str(error), stamp=stamp)
@@ -202,6 +203,12 @@ def _load(row: ManifestRow, path: Path, sample_rate: int, settings: PrepareSetti
             start = int(hash_fraction(f"{settings.seed}\0{row.audio}") * (surplus + 1))
         waveform = waveform[start : start + num_kept]
     return wav.normalize_level(waveform)
+
+
+def _padded(waveform: Tensor, tokenizer: AudioTokenizer, settings: PrepareSettings) -> Tensor:
+    """Pad (S,) with silence to the length of the longest clip, if that is asked for."""
+    surplus = round(settings.max_seconds * tokenizer.sample_rate) - len(waveform)
+    return F.pad(waveform, (0, surplus)) if settings.pad else waveform
 
 
 def _encode(tokenizer: AudioTokenizer, waveform: Tensor) -> Tensor:

@@ -38,6 +38,7 @@ def prepare(
     shard_size: int = 512,
     num_workers: int = 0,
     longest_file_seconds: float = 3600.0,
+    pad: bool = False,
     part: int = 1,
     num_parts: int = 1,
     conditioner_spec: str | None = None,
@@ -59,6 +60,7 @@ def prepare(
         shard_size: manifest rows per shard.
         num_workers: processes that encode, each on one core; 0 encodes in this one.
         longest_file_seconds: longer files are rejected unread.
+        pad: see `PrepareSettings`.
         part: from 1 to `num_parts`: encode only this part of the shards, for `merge` to join.
         num_parts: folders that the shards are spread over.
         conditioner_spec: what `load_conditioner` accepts, to embed the captions too; None leaves
@@ -80,6 +82,7 @@ def prepare(
         seed=seed,
         shard_size=shard_size,
         longest_file_seconds=float(longest_file_seconds),
+        pad=pad,
     )
     if num_workers < 0:
         raise ValueError(f"num_workers is {num_workers}, expected 0 or more processes")

@@ -48,6 +48,7 @@ class PrepareSettings:
     seed: int = 0  # of the random crops
     shard_size: int = 512  # manifest rows per shard
     longest_file_seconds: float = 3600.0  # longer files are rejected unread: they must fit memory
+    pad: bool = False  # shorter clips with silence to max_seconds, for models without an end
 
     def __post_init__(self) -> None:
         for name in ("max_seconds", "longest_file_seconds"):
@@ -145,7 +146,9 @@ class ShardIndex:
             words += ["--shard", self.part_name]
         for option in fields(self.settings):
             value = getattr(self.settings, option.name)
-            if value != option.default:
+            if value is True:
+                words.append("--" + option.name)
+            elif value != option.default:
                 words += ["--" + option.name.replace("_", "-"), str(value)]
         return shlex.join(words)
 
