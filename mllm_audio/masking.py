@@ -52,6 +52,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "b": schedule_b,
     "c": schedule_c,
     "d": schedule_d,
+    "mar": partial(truncated_normal, mode=1.0, std=0.25, low=0.7, high=1.0),  # of AudioMAR
     "uniform": lambda u: u,
     "fixed": lambda u: 1.0,  # scaled by MaskingConfig.scale: `fixed` with 0.7 is the paper's
     "ntp": lambda u: 0.0,
