@@ -13,7 +13,16 @@ from mllm_audio.cli.group import BASE, COUNT, PATH, cli
 
 @cli.command()
 @click.argument("run", type=PATH)
-@click.argument("captions", nargs=-1, required=True, metavar="CAPTION...")
+@click.argument("captions", nargs=-1, metavar="[CAPTION]...")
+@click.option(
+    "--captions",
+    "file",
+    type=PATH,
+    help="A manifest or .txt instead: a sound per row, named after its recording, in the folder "
+    "OUT; the same command continues.",
+)
+@click.option("--split", help="Rows of this split of --captions only.")
+@click.option("--limit", type=COUNT, help="At most so many rows of --captions.")
 @click.option(
     "--out",
     type=PATH,
@@ -33,22 +42,42 @@ from mllm_audio.cli.group import BASE, COUNT, PATH, cli
 @click.option("--batch-size", type=COUNT, default=32, show_default=True)
 @click.option("--conditioner", help="Where a conditioner's folders are now, if they moved.")
 @BASE
-def generate(run: Path, captions: tuple[str, ...], out: Path, **options: Any) -> None:
+def generate(
+    run: Path,
+    captions: tuple[str, ...],
+    file: Path | None,
+    split: str | None,
+    limit: int | None,
+    out: Path,
+    **options: Any,
+) -> None:
     """Generate one sound per CAPTION with the model in RUN."""
+    from mllm_audio.generation.requests import generate_requests, read_requests
     from mllm_audio.generation.voice import Voice
     from mllm_audio.generation.write import generate_to_files, output_paths, write_captions
 
-    paths = output_paths(out, len(captions))
+    if bool(captions) == (file is not None) or (file is None and (split or limit)):
+        raise ValueError("expected captions, or --captions FILE with --split and --limit")
+    seed, batch_size = options.pop("seed"), options.pop("batch_size")
+    if file is None:
+        paths = output_paths(out, len(captions))
+    else:
+        requests = read_requests(file, seed=seed, split=split, limit=limit)
     if options["guidance_scale"] is not None and options["guidance_weight"] is not None:
         raise ValueError(
             "found both --guidance-scale and --guidance-weight, expected one: s = 1 + w"
         )
-    seed, batch_size = options.pop("seed"), options.pop("batch_size")
     voice = Voice.load(run, options.pop("base"), conditioner=options.pop("conditioner"))
     given = {key: value for key, value in options.items() if value is not None}
     if "guidance_scale" in given:
         given["guidance_weight"] = None
-    generate_to_files(voice, captions, paths, replace(voice.defaults, **given), seed, batch_size)
+    config = replace(voice.defaults, **given)
+    if file is not None:
+        click.echo(
+            f"{len(generate_requests(voice, run, requests, out, config, batch_size))} sounds"
+        )
+        return
+    generate_to_files(voice, captions, paths, config, seed, batch_size)
     if paths[0] != out:
         write_captions(captions, paths, seed)
     for path in paths:
