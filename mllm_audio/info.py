@@ -32,12 +32,15 @@ def describe(name: str, base: str | None = None) -> str:
             f"found neither a folder nor a preset {name!r}; presets: {', '.join(PRESETS)}"
         )
     config = get_preset(name)
-    origin = f"preset {name}, {PROMPTED if config.audio.prompt_streams else VOCABULARY}"
+    origin = f"preset {name}, {text_side(config)}"
     return "\n".join([table(sketch(config), origin), *filter(None, [DISAGREEMENTS.get(name)])])
 
 
-VOCABULARY = "text tokens are bytes; a run adds its captions' words"
-PROMPTED = "prompted by embeddings of captions, without text tokens, head or end of audio"
+def text_side(config: RunConfig) -> str:
+    """Say in words what a model has for text."""
+    if config.audio.prompt_streams:
+        return "prompted by embeddings of captions, without text tokens, head or end of audio"
+    return "text tokens are bytes; a run adds its captions' words"
 
 
 def sketch(config: RunConfig) -> AudioLanguageModel:

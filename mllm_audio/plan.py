@@ -11,7 +11,7 @@ from statistics import mean
 
 from mllm_audio.costs import STAGES, activation_bytes, sent_bytes, state_bytes
 from mllm_audio.hardware import GPU, get_gpu
-from mllm_audio.info import VOCABULARY, count_components, sketch
+from mllm_audio.info import count_components, sketch, text_side
 from mllm_audio.masking import SCHEDULES, MaskingConfig, num_kept
 from mllm_audio.presets import PRESETS, RunConfig
 from mllm_audio.training.flops import ModelFlops, model_flops
@@ -57,10 +57,12 @@ def lowest(masking: MaskingConfig) -> float:
 
 def row_counts(config: RunConfig, ratio: float, rows: int, caption_tokens: int) -> StepCounts:
     """Count what `rows` captioned clips of full length hold at a masking ratio."""
-    kept = num_kept(config.audio.max_tokens, ratio)
+    masked = config.masking.hidden == "drop"  # else masked latents keep their places
+    kept = num_kept(config.audio.max_tokens, ratio if masked else 0.0)
+    prompt = config.audio.prompt_length or caption_tokens
     return StepCounts(
         rows=rows,
-        elements=rows * (caption_tokens + 1 + kept),  # 1: the start of the audio
+        elements=rows * (prompt + 1 + kept),  # 1: the start of the audio
         latents=rows * kept,
         targets=rows * (kept + config.audio.end_of_audio),
     )
@@ -80,6 +82,11 @@ def plan(config: RunConfig, given: Assumptions) -> str:
             f"preset {config.preset!r} takes the size of a trained language model, which is not "
             f"known here; type --preset {' or '.join(known)}"
         )
+    if config.architecture != "decoder":
+        raise ValueError(
+            f"preset {config.preset!r} is an {config.architecture}, whose cost is not planned; "
+            "expected a causal decoder, e.g. --preset audiomntp_base"
+        )
     rows = config.train.rows_at_once(given.gpus)
     if given.clips < batch:
         raise ValueError(
@@ -90,11 +97,11 @@ def plan(config: RunConfig, given: Assumptions) -> str:
     time_lines, run = _time_lines(config, given, gpu, model_flops(model))
     return "\n".join(
         [
-            f"model     {config.preset}: {parameters:,} parameters; {VOCABULARY}",
+            f"model     {config.preset}: {parameters:,} parameters; {text_side(config)}",
             *time_lines,
             *_stage_lines(config, given, run, parameters, rows),
-            f"assumed   MFU {given.mfu:g}, {given.caption_tokens} text tokens a caption, full "
-            f"clips, {GPUS_PER_NODE} GPUs a node, no time for 3_offload's host",
+            f"assumed   MFU {given.mfu:g}, {config.audio.prompt_length or given.caption_tokens} "
+            f"elements of text a clip, full clips, {GPUS_PER_NODE} GPUs a node, no time for 3_offload's host",
             f"source    {gpu.source}",
         ]
     )
@@ -124,6 +131,7 @@ def _time_lines(
     plain = mean(flops.step(counts) for counts in drawn)
     recomputed = mean(flops.step(counts, recompute=True) for counts in drawn)
     kept = mean(counts.latents for counts in drawn) / batch
+    prompt = 1 + (audio.prompt_length or given.caption_tokens)
     clip_bytes = audio.max_tokens * audio.latent_dim * 2
     rate = batch * peak / plain
     run = _Run(
@@ -138,8 +146,7 @@ def _time_lines(
         f"{given.clips * clip_bytes / 2**30:.1f} GiB; read up to {rate:,.0f} clips/s, "
         f"{rate * clip_bytes / 1e9:,.3g} GB/s",
         f"masking   schedule {config.masking.schedule} keeps {kept / audio.max_tokens:.1%} of the "
-        f"latents: {kept + given.caption_tokens + 1:.0f} of "
-        f"{audio.max_tokens + given.caption_tokens + 1} elements a row on average",
+        f"latents: {kept + prompt:.0f} of {audio.max_tokens + prompt} elements a row on average",
         f"step      {plain / 1e15:,.3g} PFLOP: {run.seconds:.3g} s at {given.mfu:.0%} of "
         f"{given.gpus} {given.gpu} x {gpu.bf16_tflops:g} TFLOPS in bf16",
         f"training  {given.epochs:,} epochs = {run.steps:,} steps = {run.steps * plain:.3g} FLOP: "
