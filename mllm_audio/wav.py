@@ -53,17 +53,33 @@ def read(path: str | Path, sample_rate: int) -> Clip:
     Raises:
         ValueError: if the file is missing, corrupt or empty, or holds NaN or infinite samples.
     """
+    samples, file_rate = _read_samples(path)
+    waveform = torch.from_numpy(samples.mean(axis=1))  # (S,)
+    return Clip(resample(waveform, file_rate, sample_rate), sample_rate)
+
+
+def read_first_channel(path: str | Path) -> Clip:
+    """Read the first channel of a sound file as float32 at the file's own rate.
+
+    Raises:
+        ValueError: as `read`.
+    """
+    samples, file_rate = _read_samples(path)
+    return Clip(torch.from_numpy(samples[:, 0].copy()), file_rate)
+
+
+def _read_samples(path: str | Path) -> tuple[np.ndarray, int]:
+    """Read the (S, channels) float32 samples of a file and their rate."""
     _check_exists(path)
     try:
-        samples, file_rate = soundfile.read(str(path), dtype="float32", always_2d=True)  # (S, 2)
+        samples, file_rate = soundfile.read(str(path), dtype="float32", always_2d=True)
     except soundfile.SoundFileError as error:
         raise ValueError(_unreadable(path, error)) from error
     if len(samples) == 0:
         raise ValueError(f"{path} holds no samples; remove it or record it again")
     if not np.isfinite(samples).all():
         raise ValueError(f"{path} holds NaN or infinite samples; export it again")
-    waveform = torch.from_numpy(samples.mean(axis=1))  # (S,)
-    return Clip(resample(waveform, file_rate, sample_rate), sample_rate)
+    return samples, file_rate
 
 
 def write(path: str | Path, waveform: Tensor, sample_rate: int) -> None:
