@@ -464,7 +464,7 @@ def test_a_converted_tango2_sounds_as_before(run, models, captions, tmp_path):
 def test_the_release_of_tango2_has_the_unet_of_its_paper():
     from diffusers import UNet2DConditionModel
 
-    from mllm_audio.peers.convert import UNET_CONFIG
+    from mllm_audio.peers.convert_tango2 import UNET_CONFIG
 
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(UNET_CONFIG)
@@ -495,6 +495,66 @@ def test_other_weights_than_tangos_are_refused(run, models, tmp_path):
     assert "found the tensor group_in.weight" in convert()
     (checkpoint / "pytorch_model_main.bin").unlink()
     assert "found no pytorch_model_main.bin" in convert()
+
+
+def audiogen_release(folder: Path, arrays: dict[str, torch.Tensor]) -> tuple[Path, Path]:
+    """Write what audiocraft exports, from its own tiny model, and a T5 that fits it."""
+    files = {"lm/": "state_dict.bin", "codec/": "compression_state_dict.bin"}
+    for part, file in files.items():
+        state = {k.removeprefix(part): v for k, v in arrays.items() if k.startswith(part)}
+        torch.save({"best_state": state, "xp.cfg": "device: cpu", "exported": True}, folder / file)
+    t5_encoder().save_pretrained(folder / "t5")
+    t5_tokenizer().save_pretrained(folder / "t5")
+    return folder, folder / "t5"
+
+
+def test_a_converted_audiogen_equals_audiocraft(run, captions, fixture_arrays, tmp_path):
+    arrays = fixture_arrays("audiogen_small")
+    checkpoint, t5 = audiogen_release(tmp_path, arrays)
+    out = tmp_path / "model"
+    code, _, error = run("peer", "convert-audiogen", checkpoint, "--t5", t5, "--out", out)
+    assert code == 0, error
+    from transformers import MusicgenForConditionalGeneration
+
+    model = MusicgenForConditionalGeneration.from_pretrained(out).eval()
+    sequence, codes = arrays["sequence"], arrays["codes"]  # (B, K, T)
+    with torch.no_grad():
+        audio = model.audio_encoder.decode(codes[None], audio_scales=[None]).audio_values
+        states = model.enc_to_dec_proj(arrays["states"])
+        logits = model.decoder(
+            input_ids=sequence.flatten(0, 1), encoder_hidden_states=states
+        ).logits
+    torch.testing.assert_close(audio, arrays["waveform"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        logits.view(*sequence.shape, -1), arrays["logits"], rtol=1e-5, atol=1e-5
+    )
+    code, _, error = run(*arguments("audiogen", out, captions, tmp_path / "out"))
+    assert code == 0, error
+
+
+def test_what_is_no_audiogen_is_refused(run, fixture_arrays, tmp_path):
+    arrays = fixture_arrays("audiogen_small")
+    checkpoint, t5 = audiogen_release(tmp_path, arrays)
+
+    def convert() -> str:
+        code, _, error = run(
+            "peer", "convert-audiogen", checkpoint, "--t5", t5, "--out", tmp_path / "model"
+        )
+        assert code == 2
+        return error
+
+    audiogen_release(tmp_path, {**arrays, "lm/emb.0.bias": torch.ones(1)})
+    assert "1 unknown ['model.decoder.embed_tokens.0.bias']" in convert()
+    name = "codec/encoder.model.13.lstm.bias_hh_l1"
+    audiogen_release(tmp_path, {key: value for key, value in arrays.items() if key != name})
+    assert "1 tensors missing ['encoder.layers.13.lstm.bias_hh_l1']" in convert()
+    projection = "lm/condition_provider.conditioners.description.output_proj.weight"
+    audiogen_release(tmp_path, {**arrays, projection: torch.ones(128, 8)})
+    assert "weight is (128, 8), its configuration says (128, 16)" in convert()
+    torch.save({"pretrained": "facebook/encodec_32khz"}, checkpoint / "state_dict.bin")
+    assert "holds ['pretrained'], expected best_state" in convert()
+    (checkpoint / "state_dict.bin").unlink()
+    assert "found no state_dict.bin" in convert()
 
 
 @pytest.mark.parametrize(
@@ -564,6 +624,7 @@ def test_mistakes(run, models, captions, tmp_path):
         ("tango2", models / "audiogen", captions, [], "audiogen has no folder scheduler"),
         ("tango2", tango, captions, ["--seconds", 11], "asked for 11 s, tango2 makes 0.128 s"),
         ("tango2", tango, captions, ["--seconds", -1], "found -1 seconds"),
+        ("tango2", tango, captions, ["--device", "tpu9"], "tpu9"),
         ("tango2", tango, captions, ["--dtype", "int8"], "unknown dtype 'int8'; known: float32"),
         ("audioldm2", tango, captions, [], "expected a folder of diffusers' AudioLDM2Pipeline"),
         ("stable-audio-open", models / "audioldm2", captions, [],
@@ -586,6 +647,14 @@ def test_mistakes(run, models, captions, tmp_path):
     captions.write_text('{"caption": "another"}\n')
     _, _, error = run(*arguments("tango2", tango, captions, done))
     assert "holds clips with captions_sha256" in error
+
+
+def test_a_cuda_device_that_is_not_there_is_refused(run, models, captions, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    typed = arguments("tango2", models / "tango2", captions, tmp_path / "out", "--device", "cuda:1")
+    code, _, error = run(*typed)
+    assert code == 2
+    assert "--device cuda:1: this machine has no CUDA device" in error
 
 
 def test_without_diffusers_a_peer_says_what_to_install(run, captions, tmp_path, monkeypatch):

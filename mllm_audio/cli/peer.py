@@ -13,7 +13,7 @@ PEERS = {  # name: what its folder holds; the defaults stand beside the pipeline
     "audioldm2": "a copy of cvssp/audioldm2",
     "tango2": "what `convert-tango2` wrote",
     "stable-audio-open": "a copy of stabilityai/stable-audio-open-1.0",
-    "audiogen": "facebook/audiogen-medium, converted to transformers' MusicGen",
+    "audiogen": "what `convert-audiogen` wrote",
 }
 
 
@@ -29,10 +29,14 @@ def peer_group() -> None:
 def _add(name: str, folder: str) -> None:
     """Add the command of one peer."""
 
-    @peer_group.command(name, help=f"CAPTIONS is a manifest or a text file; FOLDER is {folder}.")
+    @peer_group.command(
+        name,
+        short_help=f"FOLDER is {folder}.",
+        help=f"CAPTIONS is a manifest or a text file; FOLDER is {folder}.",
+    )
     @click.argument("captions", type=PATH)
     @click.option("--out", type=PATH, required=True, help="Folder for the clips.")
-    @click.option("--model", type=PATH, required=True, metavar="FOLDER", help=f"{folder}.")
+    @click.option("--model", type=PATH, required=True, metavar="FOLDER", help="The weights.")
     @click.option("--seconds", type=float, default=10.0, show_default=True, help="Of each clip.")
     @click.option("--steps", type=COUNT, help="Of the diffusion; the authors' by default.")
     @click.option("--guidance-scale", type=float, help="1 is none; the authors' by default.")
@@ -62,8 +66,20 @@ for _name, _folder in PEERS.items():
 @click.option("--flan-t5", type=PATH, required=True, help="A copy of google/flan-t5-large.")
 @click.option("--out", type=PATH, required=True, help="Folder for `peer tango2 --model`.")
 def convert_tango2(checkpoint: Path, audioldm: Path, flan_t5: Path, out: Path) -> None:
-    """Convert CHECKPOINT, a copy of declare-lab/tango2, to folders of safetensors."""
-    from mllm_audio.peers.convert import convert_tango2 as run_convert
+    """Convert a copy of declare-lab/tango2."""
+    from mllm_audio.peers.convert_tango2 import convert_tango2 as run_convert
 
     run_convert(checkpoint, audioldm, flan_t5, out)
+    click.echo(out)
+
+
+@peer_group.command()
+@click.argument("checkpoint", type=PATH)
+@click.option("--t5", type=PATH, required=True, help="A copy of google-t5/t5-large.")
+@click.option("--out", type=PATH, required=True, help="Folder for `peer audiogen --model`.")
+def convert_audiogen(checkpoint: Path, t5: Path, out: Path) -> None:
+    """Convert a copy of facebook/audiogen-medium."""
+    from mllm_audio.peers.convert_audiogen import convert_audiogen as run_convert
+
+    run_convert(checkpoint, t5, out)
     click.echo(out)

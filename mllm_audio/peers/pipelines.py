@@ -3,16 +3,9 @@
     audioldm2          arXiv:2308.05734; a copy of cvssp/audioldm2 or cvssp/audioldm2-large
     tango2             arXiv:2404.09956; what `mllm-audio peer convert-tango2` writes
     stable-audio-open  arXiv:2407.14358; a copy of stabilityai/stable-audio-open-1.0
-    audiogen           arXiv:2209.15352; facebook/audiogen-medium in the form of MusicGen
+    audiogen           arXiv:2209.15352; what `mllm-audio peer convert-audiogen` writes
 
 Steps and guidance default to those that the authors publish with the weights.
-
-AudioGen is released for audiocraft, as pickles. It is MusicGen's architecture (Copet et al. 2023)
-over a 16 kHz EnCodec (strides 8, 5, 4, 2; 4 codebooks of 2048), conditioned on T5-large, so
-`MusicgenForConditionalGeneration` runs it once converted. transformers ships no converter;
-its pull request 45382 holds one, to be called with text_encoder_id="google-t5/t5-large" (its
-default, T5-base, does not fit the weights), in an environment to throw away, as it unpickles.
-Its output folder, with the tokenizer beside the model, is what is loaded here.
 """
 
 from __future__ import annotations
@@ -103,11 +96,9 @@ class StableAudio:
     def __init__(self, pipeline: StableAudioPipeline) -> None:
         """Wrap a pipeline."""
         self._pipeline = pipeline
-        vae = pipeline.vae
-        self.sample_rate: int = vae.config.sampling_rate
-        self.max_seconds = (
-            pipeline.transformer.config.sample_size * vae.hop_length / vae.sampling_rate
-        )
+        self.sample_rate: int = pipeline.vae.config.sampling_rate
+        num_samples = pipeline.transformer.config.sample_size * pipeline.vae.hop_length
+        self.max_seconds = num_samples / self.sample_rate
 
     def generate(
         self, captions: Sequence[str], *, seconds: float, seeds: Sequence[int], **options: Any
@@ -163,11 +154,9 @@ def load_audioldm2(folder: Path, device: torch.device, dtype: torch.dtype) -> Au
     _check_pipeline(folder, "AudioLDM2Pipeline")
     # The releases name GPT2Model, which has lost the methods that the pipeline calls
     # (huggingface/diffusers issue 12630).
-    language_model = GPT2LMHeadModel.from_pretrained(
-        folder / "language_model", dtype=dtype, **LOCAL
-    )
+    model = _load(GPT2LMHeadModel, folder / "language_model", dtype)
     pipeline = AudioLDM2Pipeline.from_pretrained(
-        folder, language_model=language_model, torch_dtype=dtype, **LOCAL
+        folder, language_model=model, torch_dtype=dtype, **LOCAL
     )
     return AudioLDM2(_ready(pipeline, device))
 
@@ -185,12 +174,10 @@ def load_audiogen(folder: Path, device: torch.device, dtype: torch.dtype) -> Aud
     Raises:
         ValueError: if the folder is no MusicGen.
     """
-    config = read_json(folder / "config.json", "expected AudioGen converted to MusicGen's form")
-    if config.get("model_type") != "musicgen":
-        raise ValueError(
-            f"{folder} holds {config.get('model_type')!r}, expected 'musicgen': AudioGen converted "
-            "as mllm_audio/peers/pipelines.py says"
-        )
+    remedy = "make it with `mllm-audio peer convert-audiogen`"
+    kind = read_json(folder / "config.json", remedy).get("model_type")
+    if kind != "musicgen":
+        raise ValueError(f"{folder} holds {kind!r}, expected 'musicgen'; {remedy}")
     model = _load(MusicgenForConditionalGeneration, folder, dtype)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     return AudioGen(model.to(device).eval(), tokenizer)

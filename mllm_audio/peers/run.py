@@ -91,7 +91,7 @@ def run_peer(
     if not model.is_dir():
         raise ValueError(f"--model {model} is not a folder; type the one that holds the weights")
     options = _options(name, config)
-    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = _device(config.device)
     facts = _facts(name, prompts, model, config, options, device)
     out.mkdir(parents=True, exist_ok=True)
     with locked(out / LOCK, f"another process writes to {out}; wait, or type another --out"):
@@ -155,6 +155,15 @@ def _generate(
                 "batch_size": len(batch),
             }
         _write_timing(out, facts, clips)
+
+
+def _device(name: str | None) -> torch.device:
+    """Choose a device that is there."""
+    is_there = torch.cuda.is_available()
+    device = torch.device(name or ("cuda" if is_there else "cpu"))
+    if device.type == "cuda" and not is_there:
+        raise ValueError(f"--device {name}: this machine has no CUDA device; type cpu, or leave it")
+    return device
 
 
 def _options(name: str, config: PeerConfig) -> dict[str, Any]:
