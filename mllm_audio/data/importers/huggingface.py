@@ -47,7 +47,7 @@ SPLIT_NAMES = {
 SETTINGS, LOCK = "import.json", ".lock"
 # First bytes of containers that libsndfile reads; RIFF and FORM name theirs eight bytes later.
 CONTAINERS = {b"fLaC": ".flac", b"OggS": ".ogg", b"RIFF": ".wav", b"RF64": ".wav", b"FORM": ".aiff"}
-RESERVED = ("audio", "caption", "captions", "split")
+RESERVED = ("audio", "caption", "captions", "split", "messages")
 
 
 @dataclass(frozen=True, kw_only=True)
