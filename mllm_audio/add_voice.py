@@ -119,7 +119,7 @@ def _sources(
 ) -> Sources:
     """Read the rows of a prepared folder and the replayed text."""
     tokenizer = voice.text_tokenizer
-    limit = voice.model.backbone.config.max_position_embeddings
+    limit = voice.decoder.backbone.config.max_position_embeddings
 
     if end_of_reply(tokenizer) is None:
         raise ValueError(
@@ -141,8 +141,8 @@ def _sources(
 
 def _facts(voice: Voice, index: ShardIndex, data: Path, replay: Path | None) -> dict[str, Any]:
     """Say what is trained, and on what."""
-    assert voice.model.origin is not None
-    facts = {**data_facts(index), "base_fingerprint": voice.model.origin.fingerprint}
+    assert voice.decoder.origin is not None
+    facts = {**data_facts(index), "base_fingerprint": voice.decoder.origin.fingerprint}
     if has_conversations(data):
         facts["conversations_sha256"] = file_sha256(data / CONVERSATIONS)
     if replay is not None:
@@ -164,7 +164,7 @@ def base_perplexity(base: str, texts: list[str]) -> Perplexity:
 
 def voice_perplexity(voice: Voice, texts: list[str]) -> Perplexity:
     """Measure the text side of a voice, over its vocabulary with the special tokens."""
-    model = voice.model
+    model = voice.decoder
 
     def logits_of(input_ids: torch.Tensor) -> torch.Tensor:
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]

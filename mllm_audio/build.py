@@ -10,12 +10,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from mllm_audio.audiomar import AudioMAR, AudioMARConfig
 from mllm_audio.backbone import build_backbone
 from mllm_audio.data.dataset import prompt_ids, seeded
 from mllm_audio.data.shards import ShardIndex
 from mllm_audio.generation.voice import Voice
 from mllm_audio.modality import AudioConfig
 from mllm_audio.model import AudioLanguageModel, default_device
+from mllm_audio.models import Model
 from mllm_audio.presets import RunConfig
 from mllm_audio.text import train_text_tokenizer, wordless_tokenizer
 from mllm_audio.tokenizers import load_tokenizer
@@ -91,7 +93,7 @@ def build_voice_on(config: RunConfig, index: ShardIndex) -> Voice:
 def join(
     config: RunConfig,
     index: ShardIndex,
-    model: AudioLanguageModel,
+    model: Model,
     text_tokenizer: PreTrainedTokenizerBase,
 ) -> Voice:
     """Join a model to its two tokenizers, with the statistics of the data.
@@ -116,10 +118,13 @@ def join(
     return Voice(model, text_tokenizer, audio_tokenizer, config.generation)
 
 
-def build_model(config: RunConfig, vocab_size: int) -> AudioLanguageModel:
+def build_model(config: RunConfig, vocab_size: int) -> Model:
     """Build the model of a configuration with weights drawn from `train.seed`."""
     assert config.backbone is not None
     seed_weights(config)
+    if config.architecture == "audiomar":
+        sizes = AudioMARConfig.like(config.backbone)
+        return AudioMAR(sizes, config.audio).to(default_device())
     model = AudioLanguageModel(build_backbone(config.backbone, vocab_size), config.audio)
     return model.to(default_device())
 
@@ -134,7 +139,7 @@ def check_prompt_lengths(voice: Voice, captions: Iterable[str]) -> None:
     audio: AudioConfig = voice.model.audio.config
     if audio.prompt_streams:  # of one length
         return
-    room = voice.model.backbone.config.max_position_embeddings - audio.max_tokens - 2
+    room = voice.decoder.backbone.config.max_position_embeddings - audio.max_tokens - 2
     # A token is a byte of the normalised text at least: only longer captions can have too many.
     normalised = voice.text_tokenizer.backend_tokenizer.normalizer.normalize_str
     longer = (caption for caption in captions if len(f" {normalised(caption)}".encode()) > room)

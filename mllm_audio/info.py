@@ -8,10 +8,12 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from mllm_audio.audiomar import AudioMAR, AudioMARConfig
 from mllm_audio.backbone import build_backbone
 from mllm_audio.build import count_parameters, special_tokenizer
 from mllm_audio.generation.voice import Voice
 from mllm_audio.model import AudioLanguageModel
+from mllm_audio.models import Model
 from mllm_audio.presets import PRESETS, RunConfig, get_preset
 from mllm_audio.text import wordless_tokenizer
 
@@ -39,11 +41,11 @@ def describe(name: str, base: str | None = None) -> str:
 def text_side(config: RunConfig) -> str:
     """Say in words what a model has for text."""
     if config.audio.prompt_streams:
-        return "prompted by embeddings of captions, without text tokens, head or end of audio"
+        return "prompted by embeddings; no text tokens or head"
     return "text tokens are bytes; a run adds its captions' words"
 
 
-def sketch(config: RunConfig) -> AudioLanguageModel:
+def sketch(config: RunConfig) -> Model:
     """Build a configuration's model without memory for its weights, on the meta device.
 
     Raises:
@@ -56,6 +58,8 @@ def sketch(config: RunConfig) -> AudioLanguageModel:
         )
     tokenizer = wordless_tokenizer() if config.audio.prompt_streams else special_tokenizer()
     with torch.device("meta"):
+        if config.architecture == "audiomar":
+            return AudioMAR(AudioMARConfig.like(config.backbone), config.audio)
         backbone = build_backbone(config.backbone, len(tokenizer))
         return AudioLanguageModel(backbone, config.audio)
 
@@ -71,14 +75,14 @@ DISAGREEMENTS = {
 }
 
 
-def table(model: AudioLanguageModel, origin: str) -> str:
+def table(model: Model, origin: str) -> str:
     """Lay the parameter counts out, with the clip length and head in words."""
     audio = model.audio.config
     counts = count_components(model)
     width = max(map(len, counts))
     lines = [
         origin,
-        f"{model.backbone.config.model_type} backbone, width {model.backbone.config.hidden_size}; "
+        f"{_kind(model)}; "
         f"{audio.head.name} head {audio.head.num_blocks} x {audio.head.width}; "
         f"{audio.tokenizer} tokens, clips to {audio.max_seconds:g} s = {audio.max_tokens} latents",
         *(f"{component:<{width}}  {count:>13,}" for component, count in counts.items()),
@@ -86,11 +90,25 @@ def table(model: AudioLanguageModel, origin: str) -> str:
     return "\n".join(lines)
 
 
-def count_components(model: AudioLanguageModel) -> dict[str, int]:
+def count_components(model: Model) -> dict[str, int]:
     """Count parameters per part of the backbone and of the audio modules, then their "total"."""
     counts = count_parameters(model)
+    if isinstance(model, AudioMAR):
+        return counts
     del counts["backbone"]
     return {**_backbone_parts(model.backbone, model.silent), **counts}
+
+
+def _kind(model: Model) -> str:
+    """Name the architecture and its width."""
+    if isinstance(model, AudioMAR):
+        sizes = model.config
+        return (
+            f"AudioMAR of {sizes.encoder_layers} + {sizes.decoder_layers} blocks, width "
+            f"{sizes.hidden_size}"
+        )
+    config = model.backbone.config
+    return f"{config.model_type} backbone, width {config.hidden_size}"
 
 
 def _backbone_parts(backbone: PreTrainedModel, silent: Collection[str]) -> dict[str, int]:

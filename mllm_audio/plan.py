@@ -13,6 +13,7 @@ from mllm_audio.costs import STAGES, activation_bytes, sent_bytes, state_bytes
 from mllm_audio.hardware import GPU, get_gpu
 from mllm_audio.info import count_components, sketch, text_side
 from mllm_audio.masking import SCHEDULES, MaskingConfig, num_kept
+from mllm_audio.model import AudioLanguageModel
 from mllm_audio.presets import PRESETS, RunConfig
 from mllm_audio.training.flops import ModelFlops, model_flops
 from mllm_audio.types import StepCounts
@@ -93,15 +94,17 @@ def plan(config: RunConfig, given: Assumptions) -> str:
             f"found {given.clips} clips for a batch of {batch}; type --batch {given.clips} or less"
         )
     model = sketch(config)
+    assert isinstance(model, AudioLanguageModel)
     parameters = count_components(model)["total"]
     time_lines, run = _time_lines(config, given, gpu, model_flops(model))
     return "\n".join(
         [
-            f"model     {config.preset}: {parameters:,} parameters; {text_side(config)}",
+            f"model     {config.preset}: {parameters:,} parameters",
+            f"text      {text_side(config)}",
             *time_lines,
             *_stage_lines(config, given, run, parameters, rows),
             f"assumed   MFU {given.mfu:g}, {config.audio.prompt_length or given.caption_tokens} "
-            f"elements of text a clip, full clips, {GPUS_PER_NODE} GPUs a node, no time for 3_offload's host",
+            f"tokens of text, full clips, {GPUS_PER_NODE} GPUs a node, no time for offload's host",
             f"source    {gpu.source}",
         ]
     )

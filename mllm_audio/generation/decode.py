@@ -16,6 +16,7 @@ from mllm_audio.diffusion.noise import Noise
 from mllm_audio.generation.rows import Rows, text_batch
 from mllm_audio.heads.base import SamplingConfig
 from mllm_audio.model import AudioLanguageModel
+from mllm_audio.models import Model
 from mllm_audio.text import SpecialIds
 from mllm_audio.types import Batch
 
@@ -93,7 +94,7 @@ class DecodeStep:
     active: Tensor  # (R,) bool, false for rows whose clip has ended
 
 
-def token_limits(model: AudioLanguageModel, config: GenerationConfig) -> tuple[int, int]:
+def token_limits(model: Model, config: GenerationConfig) -> tuple[int, int]:
     """Turn the duration settings into (fewest, most) latents, whole columns.
 
     Raises:

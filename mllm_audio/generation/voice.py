@@ -14,16 +14,19 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from mllm_audio.conditioners import Conditioner, load_conditioner, pad
+from mllm_audio.audiomar import AudioMAR, decode_order
+from mllm_audio.conditioners import Conditioner
 from mllm_audio.config import from_dict, read_json, to_dict
 from mllm_audio.data.dataset import prompt_ids
-from mllm_audio.data.layout import Audio, Prompt, Text
+from mllm_audio.data.layout import Audio, Prompt, Text, stacked
 from mllm_audio.data.messages import AudioPart, Message, TextPart, parse_messages, render, to_row
-from mllm_audio.generation.decode import GenerationConfig, decode
+from mllm_audio.generation.decode import GenerationConfig, decode, token_limits
 from mllm_audio.generation.hear import hear
 from mllm_audio.generation.interleaved import Reply, Span, join
+from mllm_audio.generation.prompts import embed, load_checked
 from mllm_audio.generation.text import TextConfig
 from mllm_audio.model import AudioLanguageModel, default_device
+from mllm_audio.models import Model, load_model
 from mllm_audio.text import SpecialIds
 from mllm_audio.tokenizers import load_tokenizer
 from mllm_audio.tokenizers.base import AudioTokenizer
@@ -36,7 +39,7 @@ GENERATION_FILE = "audio_generation.json"  # defaults of `generate`, beside conf
 class Voice:
     """A model with the two tokenizers it was trained with."""
 
-    model: AudioLanguageModel
+    model: Model
     text_tokenizer: PreTrainedTokenizerBase
     audio_tokenizer: AudioTokenizer
     defaults: GenerationConfig
@@ -64,9 +67,8 @@ class Voice:
                 the model was trained with.
         """
         folder = Path(folder)
-        model = AudioLanguageModel.from_pretrained(folder, base, merge=merge).to(default_device())
-        if model.text_tokenizer is None:
-            raise ValueError(f"{folder} has no text tokenizer; restore its tokenizer.json")
+        model, text_tokenizer = load_model(folder, base, merge=merge)
+        model = model.to(default_device())
         audio_tokenizer = load_tokenizer(model.audio.config.tokenizer)
         expected = model.audio.config.tokenizer_fingerprint
         if expected and audio_tokenizer.fingerprint != expected:
@@ -77,7 +79,21 @@ class Voice:
         path = folder / GENERATION_FILE
         values = read_json(path, "delete it to use the defaults") if path.is_file() else {}
         defaults: GenerationConfig = from_dict(GenerationConfig, values, str(path))
-        return cls(model, model.text_tokenizer, audio_tokenizer, defaults, conditioner)
+        return cls(model, text_tokenizer, audio_tokenizer, defaults, conditioner)
+
+    @property
+    def decoder(self) -> AudioLanguageModel:
+        """Give the model where only a causal one will do.
+
+        Raises:
+            ValueError: if it is an AudioMAR.
+        """
+        if isinstance(self.model, AudioMAR):
+            raise ValueError(
+                "found an AudioMAR, which only makes sounds of captions; expected a causal model, "
+                "e.g. of --preset audiomntp_base"
+            )
+        return self.model
 
     @cached_property
     def conditioner(self) -> Conditioner:
@@ -86,28 +102,14 @@ class Voice:
         Raises:
             ValueError: if it is not the one that the model was trained with.
         """
-        config = self.model.audio.config
-        spec = self.conditioner_spec or config.conditioner
-        if spec is None:
-            raise ValueError(
-                "the model was not trained yet, so it names no conditioner; pass one, as "
-                "--conditioner clap_t5:clap=FOLDER,t5=FOLDER"
-            )
-        conditioner = load_conditioner(spec, self.model.device)
-        expected = config.conditioner_fingerprint
-        if expected and conditioner.fingerprint != expected:
-            raise ValueError(
-                f"the model was trained on prompts of {config.conditioner} with fingerprint "
-                f"{expected}, found {spec} with {conditioner.fingerprint}; name the one it was "
-                "trained with, as --conditioner clap_t5:clap=FOLDER,t5=FOLDER"
-            )
-        return conditioner
+        return load_checked(self.model.audio.config, self.conditioner_spec, self.model.device)
 
     def save(self, folder: Path | str, state_dict: dict[str, Tensor] | None = None) -> None:
         """Write a checkpoint, or an adapter while the backbone stands still; see `model.py`."""
         folder = Path(folder)
-        adapter = self.model.special_rows is not None
-        save = self.model.save_adapter if adapter else self.model.save_pretrained
+        model = self.model
+        adapter = isinstance(model, AudioLanguageModel) and model.special_rows is not None
+        save = self.decoder.save_adapter if adapter else model.save_pretrained
         save(folder, state_dict)
         self.text_tokenizer.save_pretrained(folder)
         text = json.dumps(to_dict(self.defaults), indent=2) + "\n"
@@ -131,7 +133,7 @@ class Voice:
             config: overrides the checkpoint's defaults; use `replace(voice.defaults, ...)`.
             seed: of the first caption.
             batch_size: captions decoded together.
-            on_step: called with the number of rows after each decoded latent.
+            on_step: called with the number of latents after each step.
 
         Raises:
             ValueError: for an empty caption, or a duration the model cannot make.
@@ -154,9 +156,14 @@ class Voice:
     ) -> list[Tensor]:
         """Generate the latents of one batch of captions, each (N, D)."""
         prompts = self.prompts(captions, config)
+        if isinstance(self.model, AudioMAR):
+            _, longest = token_limits(self.model, config)
+            streams = stacked([prompt for prompt in prompts if isinstance(prompt, Prompt)])
+            done = on_step and (lambda size: on_step(size * len(captions)))
+            return list(decode_order(self.model, streams, seeds, config, longest, done))
         special = SpecialIds.of(self.text_tokenizer)
         steps = []
-        for step in decode(self.model, prompts, special, seeds, config):
+        for step in decode(self.decoder, prompts, special, seeds, config):
             steps.append(step)
             if on_step:
                 on_step(len(captions))
@@ -171,12 +178,7 @@ class Voice:
         streams = self.model.audio.config.prompt_streams
         if not streams:
             return [self._prompt(caption, config) for caption in captions]
-        if not all(caption.strip() for caption in captions):
-            raise ValueError("found an empty caption, expected a description of the sound to make")
-        names = [stream.name for stream in self.conditioner.streams]
-        places = [names.index(stream.name) for stream in streams]
-        embedded = self.conditioner.embed(captions)
-        return [Prompt(pad([row[place] for place in places], streams)) for row in embedded]
+        return embed(self.conditioner, captions, streams)
 
     def _prompt(self, caption: str, config: GenerationConfig) -> Tensor:
         """Tokenize a caption, (L,), as it is or as a request that sound answers."""
@@ -236,7 +238,7 @@ class Voice:
         )
         row = to_row(pieces, self.hear)
         reply = Reply(
-            model=self.model,
+            model=self.decoder,
             text_tokenizer=self.text_tokenizer,
             row=row,
             config=config,

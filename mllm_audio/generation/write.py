@@ -49,10 +49,10 @@ def generate_to_files(
 ) -> None:
     """Generate a clip per caption and write each to its path."""
     _, longest = token_limits(voice.model, config)
-    batches = -(-len(captions) // batch_size)
-    with tqdm(total=batches * longest, desc="generating", unit="latent", dynamic_ncols=True) as bar:
+    total = len(captions) * longest
+    with tqdm(total=total, desc="generating", unit="latent", dynamic_ncols=True) as bar:
         clips = voice.generate(
-            captions, config, seed=seed, batch_size=batch_size, on_step=lambda _: bar.update()
+            captions, config, seed=seed, batch_size=batch_size, on_step=bar.update
         )
         bar.update(bar.total - bar.n)  # clips that ended early
     for path, clip in zip(paths, clips, strict=True):

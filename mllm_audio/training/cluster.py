@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mllm_audio.audiomar import AudioMAR
 from mllm_audio.backbone import blocks
-from mllm_audio.model import AudioLanguageModel
+from mllm_audio.models import Model
 from mllm_audio.training.config import TrainConfig
 from mllm_audio.training.distributed import World
 from mllm_audio.training.engine import Engine, SingleProcessEngine
@@ -25,7 +26,7 @@ class Cluster:
     world: World = field(default_factory=World)
     zero: dict[str, Any] | None = None  # the DeepSpeed file; None: no DeepSpeed
 
-    def engine(self, model: AudioLanguageModel, config: TrainConfig) -> Engine:
+    def engine(self, model: Model, config: TrainConfig) -> Engine:
         """Build the engine that trains `model`."""
         save_memory_and_time(model, config)
         if self.zero is None:
@@ -60,13 +61,16 @@ def joined_cluster(deepspeed: Path | None, config: TrainConfig) -> Iterator[Clus
     leave_world()  # not after an error: the others may still wait for this process
 
 
-def save_memory_and_time(model: AudioLanguageModel, config: TrainConfig) -> None:
+def save_memory_and_time(model: Model, config: TrainConfig) -> None:
     """Switch on gradient checkpointing and compilation where the configuration asks for them.
 
     Raises:
         ValueError: if the backbone stands still, where transformers checkpoints nothing.
     """
-    if config.gradient_checkpointing:
+    if isinstance(model, AudioMAR):
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+    elif config.gradient_checkpointing:
         if model.origin is not None and model.origin.mode == "frozen":
             raise ValueError(
                 "train.gradient_checkpointing=true has no effect on a frozen backbone; leave it "
@@ -75,5 +79,6 @@ def save_memory_and_time(model: AudioLanguageModel, config: TrainConfig) -> None
         model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
     if config.compile:
         head: Any = model.audio.head
-        for block in [*blocks(model.backbone), head.network]:
+        stack = model.blocks if isinstance(model, AudioMAR) else blocks(model.backbone)
+        for block in [*stack, head.network]:
             block.compile(dynamic=True)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mllm_audio.data.dataset import seeded
-from mllm_audio.model import AudioLanguageModel
+from mllm_audio.models import Model
 from mllm_audio.training.checkpoint import Shard
 from mllm_audio.training.config import TrainConfig
 from mllm_audio.training.distributed import World
@@ -50,7 +50,7 @@ class StepResult:
 class Engine(Protocol):
     """What the loop needs of an engine."""
 
-    model: AudioLanguageModel
+    model: Model
     world: World
     ema: EMA
 
@@ -121,7 +121,7 @@ class SingleProcessEngine:
 
     replicated = False
 
-    def __init__(self, model: AudioLanguageModel, config: TrainConfig) -> None:
+    def __init__(self, model: Model, config: TrainConfig) -> None:
         self.model = model
         self.config = config
         self.world = World()

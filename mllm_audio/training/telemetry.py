@@ -11,6 +11,7 @@ import torch
 
 from mllm_audio.hardware import find_gpu
 from mllm_audio.model import AudioLanguageModel
+from mllm_audio.models import Model
 from mllm_audio.training.flops import model_flops
 from mllm_audio.types import StepCounts
 
@@ -30,7 +31,7 @@ class Telemetry:
 
     def __init__(
         self,
-        model: AudioLanguageModel,
+        model: Model,
         *,
         num_processes: int = 1,
         peak_tflops: float | None = None,
@@ -44,7 +45,8 @@ class Telemetry:
             peak_tflops: of one device; None looks it up.
             seconds: now.
         """
-        self.flops = model_flops(model)
+        # Of AudioMAR, whose blocks do not all see the same elements, they are not counted.
+        self.flops = model_flops(model) if isinstance(model, AudioLanguageModel) else None
         self.device = model.device
         self.peak = num_processes * 1e12 * (peak_tflops or _data_sheet_tflops(self.device))
         self._begin(seconds)
@@ -64,7 +66,8 @@ class Telemetry:
         """
         self._rows += counts.rows
         self._elements += counts.elements
-        self._flops += self.flops.step(counts)
+        if self.flops is not None:
+            self._flops += self.flops.step(counts)
         if counts.latents:
             self._buckets.setdefault(math.floor(10 * ratio), []).append(audio_loss)
 
@@ -90,7 +93,7 @@ class Telemetry:
             "speed/tokens_per_second": self._elements / elapsed,
             "speed/samples_per_second": self._rows / elapsed,
         }
-        if self.peak:
+        if self.peak and self.flops is not None:
             values["speed/mfu"] = self._flops / (elapsed * self.peak)
         values |= _memory(self.device)
         for tenth, losses in sorted(self._buckets.items()):

@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.cpp_extension import get_default_build_root
 
-from mllm_audio.model import AudioLanguageModel
+from mllm_audio.models import Model
 from mllm_audio.training.checkpoint import Shard
 from mllm_audio.training.config import TrainConfig
 from mllm_audio.training.distributed import World
@@ -147,7 +147,7 @@ def leave_world() -> None:
 class _Scored(nn.Module):
     """The model as DeepSpeed calls it: autocast inside, its loss first."""
 
-    def __init__(self, model: AudioLanguageModel, precision: str) -> None:
+    def __init__(self, model: Model, precision: str) -> None:
         super().__init__()
         self.model = model
         self.precision = precision
@@ -183,7 +183,7 @@ class ZeroEngine:
 
     def __init__(
         self,
-        model: AudioLanguageModel,
+        model: Model,
         config: TrainConfig,
         zero: dict[str, Any],
         world: World,
