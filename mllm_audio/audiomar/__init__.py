@@ -1,7 +1,7 @@
 """AudioMAR, the bidirectional topline of the paper's tables 3 and 6."""
 
 from mllm_audio.audiomar.decode import decode_order
-from mllm_audio.audiomar.model import AudioMAR
+from mllm_audio.audiomar.model import ARCHITECTURE, AudioMAR
 from mllm_audio.audiomar.network import AudioMARConfig
 
-__all__ = ["AudioMAR", "AudioMARConfig", "decode_order"]
+__all__ = ["ARCHITECTURE", "AudioMAR", "AudioMARConfig", "decode_order"]
