@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -15,17 +16,19 @@ from mllm_audio.conditioners.base import PromptStream
 from mllm_audio.data.config import DataConfig
 from mllm_audio.data.dataset import InMemory, TrainingData
 from mllm_audio.data.layout import Audio, Prompt, Text, collate
+from mllm_audio.diffusion.noise import Noise
 from mllm_audio.generation.decode import GenerationConfig
-from mllm_audio.heads.base import HeadConfig
+from mllm_audio.heads.base import HeadConfig, SamplingConfig
 from mllm_audio.interop import audiomar_from_mar
-from mllm_audio.masking import MaskingConfig
+from mllm_audio.masking import MaskingConfig, sample_ratio
 from mllm_audio.modality import AudioConfig, AudioModality
 from mllm_audio.text import SpecialIds, wordless_tokenizer
+from mllm_audio.training.checkpoint import read_weights
 from mllm_audio.training.config import TrainConfig
 from mllm_audio.training.engine import SingleProcessEngine
-from mllm_audio.training.optim import OptimConfig
-from mllm_audio.training.trainer import do_step
-from mllm_audio.types import StepCounts
+from mllm_audio.training.log import read_log
+from mllm_audio.training.optim import OptimConfig, learning_rate
+from mllm_audio.training.trainer import do_step, train
 
 SPECIAL = SpecialIds.of(wordless_tokenizer())
 SIZES = AudioMARConfig(hidden_size=32, encoder_layers=2, decoder_layers=2, num_heads=2, dropout=0.0)
@@ -220,8 +223,8 @@ def test_parts_of_a_step_add_up_to_its_loss(model):
     total = 0.0
     for part in parts:
         losses = model(part, torch.Generator().manual_seed(0), whole.counts)
-        total += float(losses.total)
-        assert float(losses.total) == pytest.approx(float(losses.per_latent.sum()) / 20, rel=1e-5)
+        total += losses.total.item()
+        assert losses.total.item() == pytest.approx(losses.per_latent.sum().item() / 20, rel=1e-5)
     assert total > 0
 
 
@@ -279,7 +282,7 @@ def test_sizes_follow_a_decoders():
 
 # Decoding.
 
-# What MAR's `sample_tokens` decodes in each of 64 steps over 256 tokens, from its formulas in numpy.
+# What MAR's `sample_tokens` decodes in each of 64 steps over 256 tokens: its formulas, in numpy.
 MAR_256_64 = [1] * 13 + [2, 3, 2, 2, 3, 3, 3, 3, 3, 3, 4, 3, 4, 4, 4, 4, 4, 4, 4, 5, 5, 4]
 MAR_256_64 += [
     5,
@@ -397,16 +400,10 @@ def test_each_pass_sees_what_was_decoded_and_nothing_else(model):
         is_known = (torch.arange(8) < place)[None]
         states = model.hidden_states(embeds, found[0, :place], is_known)[:, place]
         states = states + model.audio.embed_targets(torch.tensor([place]))
-
-        class Silence:
-            def draw(self, step):
-                return torch.zeros(1, 4)
-
-        from mllm_audio.heads.base import SamplingConfig
-
         sampling = SamplingConfig(num_inference_steps=3, temperature=0.0)
+        noise = Noise(torch.tensor([5]), torch.tensor([place]), 4)
         with torch.no_grad():
-            expected = model.audio.sample(states, None, sampling, Silence())
+            expected = model.audio.sample(states, None, sampling, noise)
         torch.testing.assert_close(found[:, place], expected, rtol=1e-4, atol=1e-4)
 
 
@@ -509,3 +506,125 @@ def test_folders_that_do_not_fit_are_refused(model, tmp_path):
     path.write_text(json.dumps({**values, "architectures": ["AudioLanguageModel"]}))
     with pytest.raises(ValueError, match=r"holds \['AudioLanguageModel'\], expected an AudioMAR"):
         AudioMAR.from_pretrained(tmp_path)
+
+
+# Training, by the loop that trains decoders.
+
+
+class Clips(InMemory):
+    """Prompts and latents that have nothing to do with each other."""
+
+    def __len__(self):
+        return 8
+
+    def length(self, index):
+        return 19
+
+    def name(self, index):
+        return f"clip {index}"
+
+    def row(self, index, generator):
+        latents = torch.randn(
+            16 - 4 * (index % 2), 4, generator=torch.Generator().manual_seed(index)
+        )
+        embeddings = tuple(stream[0] for stream in prompts_of(1, index))
+        return [Prompt(embeddings), Audio(latents, torch.arange(len(latents)))]
+
+
+def test_the_loop_trains_resumes_and_exports(tmp_path):
+    data = TrainingData(
+        source=Clips(),
+        special=SPECIAL,
+        masking=MaskingConfig(schedule="mar", hidden="own"),
+        config=DataConfig(unconditional_share=0.5),
+        batch_size=4,
+        micro_batch_size=2,
+        seed=0,
+        end_of_audio=False,
+    )
+
+    def run(folder, num_steps):
+        folder.mkdir(exist_ok=True)
+        config = TrainConfig(
+            num_steps=num_steps,
+            log_every=1,
+            validate_every=2,
+            save_every=2,
+            precision="float32",
+            batch_size=4,
+            micro_batch_size=2,
+        )
+        model = make(replace(SIZES, dropout=0.1))
+
+        def export(checkpoint):
+            model.save_pretrained(tmp_path / "voice", read_weights(checkpoint))
+
+        train(SingleProcessEngine(model, config), data, data, config, folder, export)
+        return [r for r in read_log(folder) if "train/audio_loss" in r]
+
+    whole = run(tmp_path / "whole", 4)
+    expected = AudioMAR.from_pretrained(tmp_path / "voice").state_dict()
+    run(tmp_path / "parts", 2)
+    parts = run(tmp_path / "parts", 4)
+    found = AudioMAR.from_pretrained(tmp_path / "voice").state_dict()
+    losses = [[r["train/audio_loss"] for r in log] for log in (whole, parts)]
+    assert losses[0] == losses[1] and len(losses[0]) == 4
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert any("validation/audio_loss" in r for r in read_log(tmp_path / "parts"))
+
+
+PATTERNS = torch.randn(3, 8, 2, generator=torch.Generator().manual_seed(0))  # of three captions
+
+
+def toy_batch(size, generator):
+    """Draw clips that are their caption's pattern, moved as a whole by a standard normal."""
+    ratio = sample_ratio(MaskingConfig(schedule="uniform"), generator)
+    captions = torch.randint(3, (size,), generator=generator)
+    latents = PATTERNS[captions] + torch.randn(size, 1, 2, generator=generator)  # (B, 8, 2)
+    num_kept = 8 - math.ceil(8 * ratio)  # none at times, as in the first pass
+    kept = [torch.randperm(8, generator=generator)[:num_kept].sort().values for _ in range(size)]
+    unconditional = (torch.rand(size, generator=generator) < 0.1).tolist()
+    return batch_of(latents, kept, [toy_prompts(captions)], unconditional)
+
+
+def toy_prompts(captions):
+    return torch.eye(3)[captions][:, None].expand(-1, 2, -1)  # (B, 2, 3)
+
+
+def test_it_learns_what_follows_from_captions_and_what_from_other_latents():
+    """Latents of one pass are independent given the caption; those of eight move together."""
+    audio = AudioConfig(
+        latent_dim=2,
+        max_tokens=8,
+        end_of_audio=False,
+        prompt_streams=(PromptStream(name="caption", length=2, dim=3),),
+        position_init_std=1.0,
+        head=HeadConfig(name="flow", width=64, num_blocks=2),
+    )
+    torch.manual_seed(0)
+    sizes = replace(SIZES, encoder_layers=1, decoder_layers=1, num_heads=4)
+    model = AudioMAR(sizes, audio)
+    model.audio.set_statistics(torch.zeros(2), torch.full((2,), 2**0.5))
+    optim = OptimConfig(lr=5e-3, schedule="cosine", warmup_steps=20, max_grad_norm=1.0)
+    config = TrainConfig(num_steps=400, precision="float32", ema_decay=0.97, optim=optim)
+    engine, generator = SingleProcessEngine(model, config), torch.Generator().manual_seed(1)
+    losses = []
+    for step in range(config.num_steps):
+        batch = toy_batch(32, generator)
+        lr = learning_rate(optim, step, step / config.num_steps)
+        losses.append(do_step(engine, [batch], batch.counts, lr, step, config).audio)
+    assert sum(losses[:20]) / 20 > 1.5  # a velocity's variance, untrained
+    assert sum(losses[-50:]) / 50 < 0.5
+    captions = torch.arange(3).repeat_interleave(100)
+    for order in ORDERS:
+        for passes, moved, apart in ((1, (0.25, 0.45), (0.75, 1.0)), (8, (0.7, 1.3), (0.0, 0.35))):
+            options = {"decoding_order": order, "decoding_steps": passes, "num_inference_steps": 20}
+            with engine.ema.applied():
+                latents = decode_order(
+                    model.eval(), [toy_prompts(captions)], range(300), replace(PLAIN, **options)
+                )
+            rest = latents - PATTERNS[captions]  # (300, 8, 2)
+            assert rest.view(3, 100, 8, 2).mean(dim=1).abs().mean() < 0.3
+            whole = rest.mean(dim=1, keepdim=True)  # (300, 1, 2), of deviation 1, or 1 / sqrt(8)
+            assert moved[0] < whole.std() < moved[1], (order, passes)
+            assert apart[0] < (rest - whole).std() < apart[1], (order, passes)

@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mllm_audio import backbone as backbones
-from mllm_audio.checkpointed import Checkpointed
+from mllm_audio.audiomar import ARCHITECTURE, AudioMAR
 from mllm_audio.config import read_json
 from mllm_audio.interop.renaming import STACKS, block_prefixes, gpt2_block_from_timm, timm_block
+from mllm_audio.model import AudioLanguageModel
 from mllm_audio.weights import read_tensors
 
 
@@ -39,7 +40,7 @@ class InitReport:
         )
 
 
-def load_image_mar(model: nn.Module, path: Path | str) -> InitReport:
+def load_image_mar(model: AudioLanguageModel | AudioMAR, path: Path | str) -> InitReport:
     """Start a model's blocks from MAR's image weights, averaged ones if the file has them.
 
     As the paper: encoder blocks, then decoder blocks become the blocks of a causal backbone, or
@@ -56,7 +57,7 @@ def load_image_mar(model: nn.Module, path: Path | str) -> InitReport:
     return _load_blocks(model, tensors, source)
 
 
-def load_audiomar_blocks(model: nn.Module, folder: Path | str) -> InitReport:
+def load_audiomar_blocks(model: AudioLanguageModel | AudioMAR, folder: Path | str) -> InitReport:
     """Start a model's blocks from a trained AudioMAR, as the paper's ablation B (table 3).
 
     Args:
@@ -69,8 +70,8 @@ def load_audiomar_blocks(model: nn.Module, folder: Path | str) -> InitReport:
     folder = Path(folder)
     remedy = "expected the folder of a finished `mllm-audio train --preset audiomar_base` run"
     architectures = read_json(folder / "config.json", remedy).get("architectures")
-    if architectures != ["AudioMAR"]:
-        raise ValueError(f"{folder} holds {architectures}, no AudioMAR; {remedy}")
+    if architectures != [ARCHITECTURE]:
+        raise ValueError(f"{folder} holds {architectures}, no {ARCHITECTURE}; {remedy}")
     return _load_blocks(model, read_tensors(folder), str(folder))
 
 
@@ -88,7 +89,7 @@ def _read_mar(path: Path) -> tuple[str, dict[str, Tensor]]:
             with torch.serialization.safe_globals([argparse.Namespace]):  # MAR keeps its arguments
                 checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (OSError, EOFError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"{path} is no MAR checkpoint ({reason}); download checkpoint-last.pth again"
         ) from error
@@ -102,14 +103,16 @@ def _read_mar(path: Path) -> tuple[str, dict[str, Tensor]]:
     return str(path), {k: v for k, v in checkpoint.items() if isinstance(v, Tensor)}
 
 
-def _load_blocks(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> InitReport:
+def _load_blocks(
+    model: AudioLanguageModel | AudioMAR, tensors: Mapping[str, Tensor], source: str
+) -> InitReport:
     """Copy all blocks of `tensors` into the model's, once it is known that they fit."""
     silent: set[str] = set()
-    if isinstance(model, Checkpointed):
+    if isinstance(model, AudioLanguageModel):
         stacks, convert = [_gpt2_blocks(model)], gpt2_block_from_timm
         silent = {f"backbone.{name}" for name in model.silent}  # tables that stay at zero
     else:
-        stacks = [list(model.get_submodule(name).children()) for name in STACKS]
+        stacks = [list(model.encoder_blocks), list(model.decoder_blocks)]
         convert = timm_block
     prefixes, blocks = block_prefixes(tensors), [block for stack in stacks for block in stack]
     _check_count(prefixes, [len(stack) for stack in stacks], source)
@@ -134,7 +137,7 @@ def _load_blocks(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -
     )
 
 
-def _gpt2_blocks(model: Checkpointed) -> list[nn.Module]:
+def _gpt2_blocks(model: AudioLanguageModel) -> list[nn.Module]:
     """List the blocks of a backbone that are timm's but causal.
 
     Raises:
