@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from mllm_audio.conditioners.torch_file import read_torch_file
 
 SAMPLE_RATE = 48_000  # Hz
 MAX_SAMPLES = 480_000  # 10 s: of longer clips the package would hear a random piece
@@ -56,7 +56,7 @@ def load_laion(path: Path) -> Laion:
             f"{path} has an audio encoder of width {width}, expected one of {sorted(WIDTHS)}"
         )
     try:
-        import laion_clap
+        import laion_clap  # type: ignore[import-not-found]  # an extra
     except ImportError as error:
         raise ImportError(
             f"{path} needs laion-clap, which is not installed ({error}); type pip install "
@@ -80,25 +80,14 @@ def load_laion(path: Path) -> Laion:
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    """Read the weights of a checkpoint, which also holds numpy scalars; no code in it runs."""
-    scalar = np.float64(0).__reduce__()[0]
-    allowed = [scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype, type(np.dtype("f8"))]
-    try:
-        with torch.serialization.safe_globals(allowed):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise ValueError(f"{path} is not a file; expected a CLAP checkpoint of LAION") from error
-    except (UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(
-            f"{path} is not a checkpoint ({str(error).splitlines()[0]}); expected a CLAP "
-            "checkpoint of LAION, download it again"
-        ) from error
+    """Read the weights of a checkpoint."""
+    content = read_torch_file(path, "a CLAP checkpoint of LAION")
     weights = content.get("state_dict", content) if isinstance(content, Mapping) else {}
-    weights = {name.removeprefix("module."): value for name, value in weights.items()}
+    weights = {str(name).removeprefix("module."): value for name, value in weights.items()}
     if "audio_branch.patch_embed.proj.weight" not in weights:
         raise ValueError(
-            f"{path} holds {sorted(map(str, weights))[:3]}, expected the weights of a CLAP of "
-            "LAION such as audio_branch.patch_embed.proj.weight"
+            f"{path} holds {sorted(weights)[:3]}, expected the weights of a CLAP of LAION such as "
+            "audio_branch.patch_embed.proj.weight"
         )
     return weights
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -29,21 +29,26 @@ class Source:
 class Embedder(Protocol):
     """A frozen network that hears clips."""
 
-    @property
-    def name(self) -> str:
-        """What metrics append: `panns` in `fd_panns`."""
-
-    @property
-    def sample_rate(self) -> int:
-        """Hz."""
-
-    @property
-    def source(self) -> Source:
-        """Where the weights came from."""
-
-    @property
-    def fingerprint(self) -> str:
-        """Identify weights and settings: equal ones give equal features."""
+    name: str  # what metrics append: `panns` in `fd_panns`
+    sample_rate: int  # Hz
+    source: Source
+    fingerprint: str  # equal ones give equal features
 
     def embed(self, waveforms: Sequence[Tensor]) -> list[ClipFeatures]:
         """Hear (S,) waveforms at `sample_rate`, of any lengths; none depends on another."""
+
+
+@runtime_checkable
+class CaptionEmbedder(Protocol):
+    """An embedder whose captions and clips share one space."""
+
+    def embed_captions(self, captions: Sequence[str]) -> Tensor:
+        """Embed captions: (n, E)."""
+
+
+@runtime_checkable
+class Classifier(Protocol):
+    """An embedder that names classes of its own."""
+
+    labels: tuple[str, ...]  # in the order of the logits
+    label_column: str  # of caption rows

@@ -156,10 +156,10 @@ def check_pairs(generated: Sequence[str], reference: Sequence[str], metric: str)
         )
 
 
-def few(names: Sequence[str]) -> str:
+def few(names: Sequence[str], separator: str = ", ") -> str:
     """List the first names."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(map(str, names[:SHOWN])) + more
+    return separator.join(names[:SHOWN]) + more
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:

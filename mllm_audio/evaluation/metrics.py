@@ -9,6 +9,7 @@ Legend: N clips, n rows of features, E channels of a feature, K classes.
 from __future__ import annotations
 
 import itertools
+import warnings
 from typing import Any
 
 import numpy as np
@@ -60,7 +61,10 @@ def frechet_distance_of(
         ImportError: if scipy is not installed.
     """
     linalg = _scipy_linalg()
-    root = linalg.sqrtm(covariance_a @ covariance_b)
+    with warnings.catch_warnings():
+        # With fewer rows than channels the product is singular; its root is still good to 1e-6.
+        warnings.simplefilter("ignore", linalg.LinAlgWarning)
+        root = linalg.sqrtm(covariance_a @ covariance_b)
     if not np.isfinite(root).all():
         offset = SINGULAR_OFFSET * np.eye(len(covariance_a))
         root = linalg.sqrtm((covariance_a + offset) @ (covariance_b + offset))

@@ -14,7 +14,6 @@ and no code. Legend beyond types.py: M mel bands, E channels of an embedding, K 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
 import json
 from collections.abc import Sequence
@@ -28,13 +27,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mllm_audio.evaluation.base import ClipFeatures, Source
-from mllm_audio.files import file_sha256, write_atomic
+from mllm_audio.evaluation.checkpoints import device_of, files_sha256
+from mllm_audio.files import write_atomic
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 WIDTHS = (1, 32, 48, 96, 128)  # channels before and after each convolution
 STRIDE = 2 ** (len(WIDTHS) - 1)  # frames and bands that one output cell spans
-HOPS_PER_SECOND = 100
 DYNAMIC_RANGE = 60.0  # dB below a clip's loudest cell at which everything is silence
 
 
@@ -46,6 +45,7 @@ class ClassifierConfig:
     seconds: float  # heard of a clip from its start; shorter ones are padded with silence
     label_column: str = "label"  # of manifests
     sample_rate: int = 16_000  # Hz
+    frame_rate: int = 100  # spectrogram frames per second
     num_bands: int = 64  # mel bands from 0 Hz to half the sample rate, a multiple of STRIDE
     feature_dim: int = 128  # E
     held_out_accuracy: float | None = None  # share of recordings kept from training, in [0, 1]
@@ -65,7 +65,7 @@ class ClassifierConfig:
     @property
     def num_frames(self) -> int:
         """Spectrogram frames of a clip."""
-        return round(self.seconds * HOPS_PER_SECOND)
+        return round(self.seconds * self.frame_rate)
 
 
 class MelClassifier(nn.Module):
@@ -77,7 +77,7 @@ class MelClassifier(nn.Module):
     def __init__(self, config: ClassifierConfig) -> None:
         super().__init__()
         self.config = config
-        self.hop_length = config.sample_rate // HOPS_PER_SECOND
+        self.hop_length = config.sample_rate // config.frame_rate
         self.fft_length = 1 << (int(0.032 * config.sample_rate) - 1).bit_length()
         self.register_buffer("window", torch.hann_window(self.fft_length), persistent=False)
         self.register_buffer("filters", _mel_filters(config, self.fft_length), persistent=False)
@@ -113,21 +113,22 @@ class MelClassifier(nn.Module):
 class OwnEmbedder:
     """A trained `MelClassifier` as an embedder."""
 
-    def __init__(self, folder: Path, name: str | None = None) -> None:
-        self.classifier = load_classifier(folder)
-        self.config = self.classifier.config
-        self.name = name or folder.resolve().name
-        self.sample_rate = self.config.sample_rate
-        hashes = [file_sha256(folder / file) for file in (CONFIG_FILE, WEIGHTS_FILE)]
-        digest = hashlib.sha256("".join(hashes).encode()).hexdigest()
+    def __init__(self, folder: Path, device: torch.device | str = "cpu") -> None:
+        self.classifier = load_classifier(folder).to(device)
+        config = self.classifier.config
+        self.labels, self.label_column = config.labels, config.label_column
+        self.name = folder.resolve().name
+        self.sample_rate = config.sample_rate
+        digest = files_sha256([folder / CONFIG_FILE, folder / WEIGHTS_FILE])
         self.source = Source(path=folder, sha256=digest)
         self.fingerprint = f"own-{digest}"
 
     @torch.no_grad()
     def embed(self, waveforms: Sequence[Tensor]) -> list[ClipFeatures]:
         """Hear (S,) waveforms."""
-        powers = torch.stack([self.classifier.mel_powers(waveform) for waveform in waveforms])
-        features, logits = self.classifier(powers)
+        device = device_of(self.classifier)
+        powers = [self.classifier.mel_powers(waveform.to(device)) for waveform in waveforms]
+        features, logits = (output.cpu() for output in self.classifier(torch.stack(powers)))
         return [
             ClipFeatures(row[None], scores) for row, scores in zip(features, logits, strict=True)
         ]

@@ -19,8 +19,9 @@ BATCH_SIZE = 64
 LEARNING_RATE = 2e-3
 LABEL_SMOOTHING = 0.05
 HELD_OUT_SHARE = 0.1  # of recordings that name no split but train
+SHORT_SECONDS = 2.5  # up to which clips get 100 spectrogram frames a second, above it 50
 LONGEST_SECONDS = 10.24  # heard of a clip unless asked otherwise
-MIN_STEPS = 600  # of the optimiser: few recordings are seen more often
+MIN_STEPS = 400  # of the optimiser: few recordings are seen more often
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ def train_classifier(
         seconds=seconds,
         label_column=label,
         sample_rate=sample_rate,
+        frame_rate=100 if seconds <= SHORT_SECONDS else 50,
         num_bands=num_bands,
     )
     with torch.random.fork_rng(devices=[]):  # weights and dropout draw from the global generator
