@@ -15,6 +15,7 @@ from mllm_audio.backbone import build_backbone
 from mllm_audio.data.dataset import prompt_ids, seeded
 from mllm_audio.data.shards import ShardIndex
 from mllm_audio.generation.voice import Voice
+from mllm_audio.interop import InitReport, load_audiomar_blocks, load_image_mar
 from mllm_audio.modality import AudioConfig
 from mllm_audio.model import AudioLanguageModel, default_device
 from mllm_audio.models import Model
@@ -127,6 +128,29 @@ def build_model(config: RunConfig, vocab_size: int) -> Model:
         return AudioMAR(sizes, config.audio).to(default_device())
     model = AudioLanguageModel(build_backbone(config.backbone, vocab_size), config.audio)
     return model.to(default_device())
+
+
+STARTS = {"image_mar": load_image_mar, "audiomar": load_audiomar_blocks}  # by RunConfig.init
+SOURCES = {
+    "image_mar": "MAR's image weights; type init_from=CHECKPOINT.pth (mar_base or mar_large of "
+    "github.com/LTH14/mar)",
+    "audiomar": "a trained AudioMAR; type init_from=RUN, of --preset audiomar_base",
+}
+
+
+def start_blocks(config: RunConfig, model: Model) -> InitReport | None:
+    """Give a model the blocks that its configuration starts from; None leaves random ones.
+
+    Raises:
+        ValueError: if the file or folder is not named, or does not fit.
+    """
+    if config.init == "random":
+        return None
+    if config.init_from is None:
+        raise ValueError(
+            f"preset {config.preset} starts from {SOURCES[config.init]}, or init=random"
+        )
+    return STARTS[config.init](model, config.init_from)
 
 
 def seed_weights(config: RunConfig) -> None:

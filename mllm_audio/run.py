@@ -8,11 +8,12 @@ and `checkpoints/`.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mllm_audio.build import build_voice, check_prompt_lengths, fit_to_data
+from mllm_audio.build import build_voice, check_prompt_lengths, fit_to_data, start_blocks
 from mllm_audio.claim import claimed
 from mllm_audio.data.dataset import RowSource, TrainingData
 from mllm_audio.data.remote import is_url, open_folder
@@ -22,13 +23,17 @@ from mllm_audio.generation.voice import Voice
 from mllm_audio.masking import MaskingConfig
 from mllm_audio.presets import RunConfig
 from mllm_audio.text import SpecialIds
-from mllm_audio.training.checkpoint import read_weights
+from mllm_audio.training.checkpoint import list_checkpoints, read_weights
 from mllm_audio.training.cluster import Cluster
 from mllm_audio.training.trainer import train
 
 
 def train_run(
-    config: RunConfig, data: Path | str, out: Path, cluster: Cluster | None = None
+    config: RunConfig,
+    data: Path | str,
+    out: Path,
+    cluster: Cluster | None = None,
+    say: Callable[[str], object] | None = None,
 ) -> None:
     """Train on a folder or URL of what `prepare` wrote, resuming `out` if it holds the same run.
 
@@ -37,6 +42,7 @@ def train_run(
         data: folder or URL.
         out: folder of the run, where the voice with averaged weights is exported.
         cluster: who trains together.
+        say: told what a new model starts from, in the first process.
 
     Raises:
         ValueError: if data and configuration do not fit, or `out` holds another run.
@@ -54,6 +60,10 @@ def train_run(
         )
     config = fit_to_data(config, folder.index, data)
     voice = build_voice(config, folder.index, captions(folder, ["train"]))
+    if not list_checkpoints(out):
+        report = start_blocks(config, voice.model)
+        if report is not None and say is not None and (cluster is None or cluster.world.is_first):
+            say(str(report))
     check_prompt_lengths(voice, captions(folder, ["train", "validation"]))
     clips, held_out = (
         ShardedClips(

@@ -26,7 +26,7 @@ def train(
 
     config = override(get_preset(preset), overrides)
     with joined_cluster(deepspeed, config.train) as cluster:
-        train_run(config, data, out, cluster)
+        train_run(config, data, out, cluster, click.echo)
         if not cluster.world.is_first:
             return
     click.echo(f'trained: type  mllm-audio generate {out} "YOUR CAPTION" --out sound.wav')
