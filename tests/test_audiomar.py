@@ -356,13 +356,20 @@ def record_places(model, monkeypatch):
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("num_passes", [1, 5, 16, 64])
 def test_every_latent_is_decoded_once(model, monkeypatch, order, num_passes):
-    passes = record_places(model, monkeypatch)
+    passes, known, original = record_places(model, monkeypatch), [], AudioMAR.hidden_states
+
+    def recording(self, prompts, latents, is_known):
+        known.append(is_known.sum(dim=1).tolist())
+        return original(self, prompts, latents, is_known)
+
+    monkeypatch.setattr(AudioMAR, "hidden_states", recording)
     config = replace(PLAIN, decoding_order=order, decoding_steps=num_passes)
     sizes = []
     latents = decode_order(model, prompts_of(2), [5, 6], config, on_pass=sizes.append)
     assert latents.shape == (2, 16, 4) and latents.isfinite().all()
     assert len(passes) == len(sizes) == min(num_passes, 16)
     assert sizes == ORDERS[order][1](16, min(num_passes, 16))
+    assert known == [[sum(sizes[:number])] * 2 for number in range(len(sizes))]
     for seed in (5, 6):
         places = torch.cat([noise.position[noise.seeds == seed] for *_, noise in passes])
         assert places.sort().values.tolist() == list(range(16))
@@ -467,7 +474,7 @@ def test_guidance_moves_away_from_the_null_prompt(model, monkeypatch):
 
 
 def test_a_clip_longer_than_the_model_makes_is_refused(model):
-    with pytest.raises(ValueError, match="asked for 17 latents, this model makes at most 16"):
+    with pytest.raises(ValueError, match="asked for 17 latents, this model makes 1 to 16"):
         decode_order(model, prompts_of(1), [0], PLAIN, num_tokens=17)
 
 
@@ -531,7 +538,8 @@ class Clips(InMemory):
         return [Prompt(embeddings), Audio(latents, torch.arange(len(latents)))]
 
 
-def test_the_loop_trains_resumes_and_exports(tmp_path):
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_the_loop_trains_resumes_and_exports(tmp_path, precision):
     data = TrainingData(
         source=Clips(),
         special=SPECIAL,
@@ -550,7 +558,7 @@ def test_the_loop_trains_resumes_and_exports(tmp_path):
             log_every=1,
             validate_every=2,
             save_every=2,
-            precision="float32",
+            precision=precision,
             batch_size=4,
             micro_batch_size=2,
         )

@@ -212,7 +212,7 @@ def test_blocks_of_a_trained_audiomar_make_a_decoder(tmp_path):
 
 def test_other_numbers_of_blocks_are_refused(tmp_path):
     path = save_released(tmp_path / "mar.pth", mar_state(encoder=1, decoder=2))
-    message = r"holds 1 \+ 2 blocks, the model has 4; set backbone\.num_layers=3"
+    message = r"holds 1 \+ 2 blocks, the model has 4; .*set backbone\.num_layers=3"
     with pytest.raises(ValueError, match=message):
         load_image_mar(decoder(), path)
     with pytest.raises(ValueError, match=r"holds 1 \+ 2 blocks, the model has 2 \+ 2;"):

@@ -107,15 +107,16 @@ def decode_order(
         ValueError: if the model cannot make a clip that long.
     """
     longest = model.audio.config.max_tokens
-    num_tokens = num_tokens or longest
-    if num_tokens > longest:
-        raise ValueError(f"asked for {num_tokens} latents, this model makes at most {longest}")
+    num_tokens = longest if num_tokens is None else num_tokens
+    if not 0 < num_tokens <= longest:
+        raise ValueError(f"asked for {num_tokens} latents, this model makes 1 to {longest}")
     order_of, sizes_of = ORDERS[config.decoding_order]
     row_seeds = torch.tensor(seeds, dtype=torch.long, device=model.device)  # (R,)
     cond, uncond = _branches(model, [prompt.to(model.device) for prompt in prompts])
     latents = cond.new_zeros(len(seeds), num_tokens, model.audio.config.latent_dim).float()
     is_known = torch.zeros(latents.shape[:2], dtype=torch.bool, device=model.device)  # (R, N)
     order, done = order_of(row_seeds, num_tokens), 0
+    rows = torch.arange(len(order), device=model.device)[:, None]  # (R, 1)
     for size in sizes_of(num_tokens, min(config.decoding_steps, num_tokens)):
         places = order[:, done : done + size]  # (R, k)
         done += size
@@ -131,10 +132,8 @@ def decode_order(
         first, *second = states.split(places.numel())
         noise = Noise(row_seeds.repeat_interleave(size), places.flatten(), latents.shape[2])
         drawn = model.audio.sample(first, second[0] if second else None, sampling, noise)
-        latents.scatter_(
-            1, places[..., None].expand(-1, -1, latents.shape[2]), drawn.view(*places.shape, -1)
-        )
-        is_known.scatter_(1, places, True)
+        latents[rows, places] = drawn.view(*places.shape, -1)
+        is_known[rows, places] = True
         if on_pass is not None:
             on_pass(size)
     return latents

@@ -167,7 +167,8 @@ def _check_count(prefixes: Sequence[str], expected: Sequence[int], source: str) 
     if [*expected] not in (found, [sum(found)]):
         raise ValueError(
             f"{source} holds {' + '.join(map(str, found))} blocks, the model has "
-            f"{' + '.join(map(str, expected))}; set backbone.num_layers={sum(found)}"
+            f"{' + '.join(map(str, expected))}; name one of that size, or set backbone.num_layers="
+            f"{sum(found)}"
         )
 
 
