@@ -56,9 +56,11 @@ reference itself.</p>
 <table><tr><th>system{% for title in published.values() %}<th class=n>{{ title }}{% endfor %}
 <th>source</tr>
 {% if ours %}<tr class=ours><td>this evaluation
-{% for name in published %}<td class=n>{{ ours[name]|fixed(name) }}{% endfor %}<td></tr>{% endif %}
+{% for name in published %}<td class=n>{{ ours.get(name)|fixed(name) }}{% endfor %}
+<td>{{ clap_source }}</tr>{% endif %}
 {% for row in rows %}<tr><td>{{ row.system }}
-{% for name in published %}<td class=n>{{ row[name]|fixed(name) }}{% endfor %}<td>{{ row.source }}</tr>
+{% for name in published %}<td class=n>{{ row[name]|fixed(name) }}{% endfor %}
+<td>{{ row.source }}</tr>
 {% endfor %}</table>
 <h2>How it was measured</h2>
 <table><tr><th>embedder<th class=n>Hz<th>checkpoint<th>sha256</tr>
@@ -79,8 +81,9 @@ def render(card: Scorecard) -> str:
     environment.filters["figures"] = lambda value: "" if value is None else f"{value:.4g}"
     environment.filters["fixed"] = _fixed
     values = {score.name: score.value for score in card.scores}
-    if "clap_hf" in values:  # the same weights in another layout
-        values.setdefault("clap_laion", values["clap_hf"])
+    is_hf = "clap_hf" in values and "clap_laion" not in values
+    if is_hf:
+        values["clap_laion"] = values["clap_hf"]
     return environment.from_string(_TEMPLATE).render(
         card=card,
         settings=card.settings,
@@ -88,6 +91,7 @@ def render(card: Scorecard) -> str:
         arrows=ARROWS,
         not_comparable=NOT_COMPARABLE,
         published=PUBLISHED,
+        clap_source="CLAP by clap_hf" if is_hf else "",
         ours={name: values[name] for name in PUBLISHED if name in values},
         rows=[asdict(row) for row in (*TABLE_1, *NEIGHBOURS)],
     )

@@ -29,7 +29,7 @@ _COLOURS = np.array(
     ]
 )
 _FLOOR, _CEILING = -9.0, 1.5  # natural log of mel magnitude shown as black and as brightest
-_STYLE = """
+STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse;width:100%}
 td,th{padding:.4em .6em;vertical-align:top;text-align:left}
@@ -110,7 +110,7 @@ def write_page(
     rows = "".join(_row(path.parent, pair) for pair in pairs)
     page = (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f"<style>{_STYLE}</style><h1>{html.escape(title)}</h1>{summary}{''.join(charts)}"
+        f"<style>{STYLE}</style><h1>{html.escape(title)}</h1>{summary}{''.join(charts)}"
         "<table><tr><th>caption<th>reference (held out, never trained on)<th>generated</tr>"
         f"{rows}</table></html>"
     )
