@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,55 @@ SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
 MIN_SECONDS = 2.0  # shorter clips are padded with zeros, as audioldm_eval does
 SILENCE = 2.0**-15  # peak of one step of 16 bit, below which nothing is left to hear
 SHOWN = 3  # names that a message lists
+CAPTIONS_FILE = "captions.jsonl"  # about the clips beside it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Folder:
+    """Clips, and rows of captions about them."""
+
+    clips: dict[str, Path]  # by name
+    rows: dict[str, dict[str, Any]]  # by the same names; some or all may be missing
+    captions: Path  # where rows were looked for
+    sample_rate: int  # Hz of every clip
+
+    @classmethod
+    def open(cls, source: Path, captions: Path | None, ids: Sequence[str] | None) -> Folder:
+        """Find the clips of a folder or manifest, and the rows about them.
+
+        Args:
+            source: see `find_clips`.
+            captions: `.jsonl` file of {audio, caption, ...}; by default the manifest, or
+                captions.jsonl in the folder where it exists.
+            ids: names to keep.
+
+        Raises:
+            ValueError: if there are no clips, their names clash or their sample rates differ, or
+                the captions are broken.
+        """
+        clips = find_clips(source, ids)
+        path = captions or (source / CAPTIONS_FILE if source.is_dir() else source)
+        rows = read_rows(path, "audio") if captions or path.is_file() else []
+        by_name = {Path(row["audio"]).stem: row for row in rows}
+        return cls(
+            clips=clips,
+            rows={name: by_name[name] for name in clips if name in by_name},
+            captions=path,
+            sample_rate=check_rates(clips, source),
+        )
+
+    def require(self, column: str, metric: str) -> None:
+        """Refuse clips without a row that has `column`.
+
+        Raises:
+            ValueError: naming the first of them.
+        """
+        if lacking := [name for name in self.clips if not self.rows.get(name, {}).get(column)]:
+            raise ValueError(
+                f"{metric} needs the {column} of every generated clip but {self.captions} has none "
+                f"for {len(lacking)} of {len(self.clips)}: {few(lacking)}; give them with "
+                "--captions FILE"
+            )
 
 
 def find_clips(source: Path, ids: Sequence[str] | None = None) -> dict[str, Path]:
@@ -48,7 +98,7 @@ def find_clips(source: Path, ids: Sequence[str] | None = None) -> dict[str, Path
             )
         clips[path.stem] = path
     if ids is None:
-        return clips
+        return dict(sorted(clips.items()))  # not by path: subfolders and suffixes are no order
     if missing := [name for name in ids if name not in clips]:
         raise ValueError(
             f"{source} lacks {len(missing)} of {len(ids)} ids: {few(missing)}; expected each as "

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from mllm_audio.config import nearest
 from mllm_audio.evaluation.base import CaptionEmbedder, Classifier, Embedder
 from mllm_audio.evaluation.bootstrap import Interval, bootstrap
-from mllm_audio.evaluation.clips import check_pairs, check_rates, few, find_clips, read_rows
+from mllm_audio.evaluation.clips import Folder, check_pairs, few
 from mllm_audio.evaluation.features import extract, resampler
 from mllm_audio.evaluation.measures import (
     ACCURACY,
@@ -29,8 +28,6 @@ from mllm_audio.evaluation.measures import (
 from mllm_audio.evaluation.metrics import NUM_SPLITS, Array
 from mllm_audio.evaluation.scorecard import EmbedderRecord, Score, Scorecard, Settings
 
-CAPTIONS_FILE = "captions.jsonl"
-
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
@@ -41,15 +38,6 @@ class Options:
     max_seconds: float = 120.0  # that the resamples of one metric may take
     seed: int = 0  # of the resamples
     progress: bool = True  # show bars
-
-
-@dataclass(frozen=True, kw_only=True)
-class Folder:
-    """Clips with the rows of captions that are about them."""
-
-    clips: dict[str, Path]  # by name
-    rows: Mapping[str, Mapping[str, Any]]  # by the same names; some or all may be missing
-    where: str  # the file of the rows, for messages
 
 
 def evaluate(
@@ -85,9 +73,7 @@ def evaluate(
     """
     options = options or Options()
     chosen = choose_metrics(embedders, metrics)
-    ours = _open(generated, captions, ids)
-    theirs = _open(reference, None, ids)
-    rates = check_rates(ours.clips, generated), check_rates(theirs.clips, reference)
+    ours, theirs = Folder.open(generated, captions, ids), Folder.open(reference, None, ids)
     if metrics is None:
         chosen = {k: m for k, m in chosen.items() if _is_possible(m, ours, embedders)}
     _check_needs(chosen, embedders, ours, theirs)
@@ -110,10 +96,10 @@ def evaluate(
         settings=Settings(
             generated=str(generated),
             reference=str(reference),
-            captions=ours.where if ours.rows else None,
+            captions=str(ours.captions) if ours.rows else None,
             ids=None if ids is None else f"{len(ids)} clips named",
-            generated_rate=rates[0],
-            reference_rate=rates[1],
+            generated_rate=ours.sample_rate,
+            reference_rate=theirs.sample_rate,
             resampler=resampler(),
             num_resamples=options.num_resamples,
             seed=options.seed,
@@ -162,20 +148,6 @@ def choose_metrics(
     return chosen
 
 
-def _open(source: Path, captions: Path | None, ids: Sequence[str] | None) -> Folder:
-    """Find clips and the rows about them."""
-    clips = find_clips(source, ids)
-    own = source / CAPTIONS_FILE if source.is_dir() else source
-    path = captions or own
-    rows = read_rows(path, "audio") if captions or path.is_file() else []
-    by_name = {Path(row["audio"]).stem: row for row in rows}
-    return Folder(
-        clips=clips,
-        rows={name: by_name[name] for name in clips if name in by_name},
-        where=str(path),
-    )
-
-
 def _is_possible(metric: Metric, folder: Folder, embedders: Sequence[Embedder]) -> bool:
     """Leave accuracy out where no row has a label: nobody asked for it."""
     if metric.measure is not ACCURACY:
@@ -198,26 +170,16 @@ def _check_needs(
         if metric.measure.paired:
             check_pairs(list(ours.clips), list(theirs.clips), name)
         if metric.measure is CLAP:
-            _check_column(name, "caption", ours)
+            ours.require("caption", name)
         if metric.measure is ACCURACY:
             classifier = _classifier(metric, embedders)
-            _check_column(name, classifier.label_column, ours)
+            ours.require(classifier.label_column, name)
             found = {str(row[classifier.label_column]) for row in ours.rows.values()}
             if unknown := sorted(found - set(classifier.labels)):
                 raise ValueError(
-                    f"{ours.where} has labels {few(unknown)}, which {metric.embedder} does not "
+                    f"{ours.captions} has labels {few(unknown)}, which {metric.embedder} does not "
                     f"know; it knows {', '.join(classifier.labels)}"
                 )
-
-
-def _check_column(metric: str, column: str, folder: Folder) -> None:
-    """Refuse clips without a row that has the column."""
-    lacking = [name for name in folder.clips if not folder.rows.get(name, {}).get(column)]
-    if lacking:
-        raise ValueError(
-            f"{metric} needs the {column} of every generated clip but {folder.where} has none for "
-            f"{len(lacking)} of {len(folder.clips)}: {few(lacking)}; give them with --captions FILE"
-        )
 
 
 def _hear(embedder: Embedder, folder: Folder, cache: Path, options: Options) -> Side:

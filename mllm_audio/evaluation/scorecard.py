@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -81,7 +80,10 @@ class Scorecard:
         Raises:
             KeyError: if it was not measured.
         """
-        return next_or_raise({score.name: score for score in self.scores}, name).value
+        values = {score.name: score.value for score in self.scores}
+        if name not in values:
+            raise KeyError(f"{name} was not measured, only {', '.join(values)}")
+        return values[name]
 
     def to_json(self) -> str:
         """Everything, as JSON."""
@@ -125,10 +127,3 @@ class Scorecard:
             f"{score.name:{width}} {ARROWS[score.better]} {score.value:10.4f}  95 %: {score.range}"
             for score in self.scores
         )
-
-
-def next_or_raise(scores: Mapping[str, Score], name: str) -> Score:
-    """Look a score up."""
-    if name not in scores:
-        raise KeyError(f"{name} was not measured, only {', '.join(scores)}")
-    return scores[name]
