@@ -403,6 +403,11 @@ def test_metrics_that_cannot_be_are_told(embedders, names, message):
         choose_metrics(embedders, names)
 
 
+def test_a_missing_folder_is_told(folders):
+    with pytest.raises(ValueError, match="found nothing at nowhere, expected a folder of clips"):
+        evaluate(folders[0], Path("nowhere"), folders[2], [Ear()], options=QUIET)
+
+
 def test_ids_that_cannot_be_are_told(tmp_path):
     path = tmp_path / "ids.txt"
     with pytest.raises(ValueError, match=r"ids\.txt is not a file"):

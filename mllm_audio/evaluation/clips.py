@@ -85,6 +85,8 @@ def find_clips(source: Path, ids: Sequence[str] | None = None) -> dict[str, Path
     """
     if source.is_dir():
         paths = sorted(path for path in source.rglob("*") if path.suffix.lower() in SUFFIXES)
+    elif not source.is_file():
+        raise ValueError(f"found nothing at {source}, expected a folder of clips; check the path")
     else:
         rows = read_rows(source, "audio")
         paths = sorted(source.parent / row["audio"] for row in rows)
