@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from mllm_audio.config import nearest
 
@@ -124,3 +127,12 @@ def find_gpu(device_name: str) -> GPU | None:
     if not found or "MIG" in words:
         return None
     return max(found, key=lambda gpu: len(gpu.words))
+
+
+def machine_name() -> str:
+    """Name system, processor and its number of cores."""
+    processor, cpuinfo = platform.processor(), Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        processor = names[0].partition(":")[2].strip() if names else processor
+    return f"{platform.system()} {platform.machine()}, {processor}, {os.cpu_count()} cores"

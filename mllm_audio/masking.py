@@ -112,6 +112,16 @@ def sample_kept_positions(num_tokens: int, ratio: float, generator: torch.Genera
     return torch.randperm(num_tokens, generator=generator)[:kept].sort().values
 
 
+def sample_known_positions(num_tokens: int, ratio: float, generator: torch.Generator) -> Tensor:
+    """Choose which latents of a clip AudioMAR knows: (K,) int64, increasing, perhaps none.
+
+    As MAR masks them, ceil(N r): with all of them masked, training has what the first pass of
+    decoding has.
+    """
+    known = num_tokens - math.ceil(num_tokens * ratio)
+    return torch.randperm(num_tokens, generator=generator)[:known].sort().values
+
+
 def end_weights(num_tokens: int, kept: Tensor, ratio: float) -> Tensor:
     """Weigh "is the target the end?" so that masking leaves its odds as they were.
 

@@ -12,8 +12,9 @@ import torch
 from conftest import CAPTIONS
 
 from mllm_audio import wav
+from mllm_audio.data.requests import read_requests
 from mllm_audio.generation.decode import GenerationConfig
-from mllm_audio.generation.requests import generate_requests, read_requests
+from mllm_audio.generation.requests import generate_requests
 from mllm_audio.generation.voice import Voice
 from mllm_audio.tokenizers import load_tokenizer
 
@@ -97,7 +98,7 @@ def test_text_lines_are_numbered_and_mistakes_are_named(tmp_path, manifest):
     path = tmp_path / "captions.txt"
     path.write_text("a dog barks\n\nrain\n")
     assert [(r.name, r.caption) for r in read_requests(path)] == [
-        ("00000", "a dog barks"), ("00001", "rain"),
+        ("000", "a dog barks"), ("001", "rain"),
     ]  # fmt: skip
     assert len(read_requests(path, limit=1)) == 1
     with pytest.raises(ValueError, match="has no rows of split validation"):
@@ -116,5 +117,5 @@ def test_the_command_makes_them(voice, manifest, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
-        "b0.wav", "b1.wav", "captions.jsonl", "generation.json",
+        "b0.wav", "b1.wav", "captions.jsonl", "generation.json", "timing.json",
     ]  # fmt: skip

@@ -52,7 +52,8 @@ def generate(
     **options: Any,
 ) -> None:
     """Generate one sound per CAPTION with the model in RUN."""
-    from mllm_audio.generation.requests import generate_requests, read_requests
+    from mllm_audio.data.requests import read_requests
+    from mllm_audio.generation.requests import generate_requests
     from mllm_audio.generation.voice import Voice
     from mllm_audio.generation.write import generate_to_files, output_paths, write_captions
 

@@ -20,7 +20,12 @@ from transformers import PreTrainedTokenizerBase
 from mllm_audio.data.config import DataConfig
 from mllm_audio.data.layout import Audio, Prompt, Row, Text, collate
 from mllm_audio.data.prefetch import prefetched
-from mllm_audio.masking import MaskingConfig, sample_kept_positions, sample_ratio
+from mllm_audio.masking import (
+    MaskingConfig,
+    sample_kept_positions,
+    sample_known_positions,
+    sample_ratio,
+)
 from mllm_audio.text import SpecialIds
 from mllm_audio.types import Batch
 
@@ -245,9 +250,12 @@ class TrainingData:
         if not isinstance(part, Audio) or not part.learned:
             return part
         masking, num_tokens = self.masking, len(part.latents)
+        if masking.hidden == "own":
+            known = sample_known_positions(num_tokens, ratio, generator)
+            return replace(part, own=True, kept=known)
         kept = sample_kept_positions(num_tokens, ratio, generator)
-        part = replace(part, next_kept=masking.next_kept, own=masking.hidden == "own")
-        if masking.hidden in ("drop", "own"):
+        part = replace(part, next_kept=masking.next_kept)
+        if masking.hidden == "drop":
             return replace(part, kept=kept)
         assert self.statistics is not None
         mean, std = self.statistics  # (D,) each

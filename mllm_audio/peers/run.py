@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import platform
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,11 +21,14 @@ from tqdm import tqdm
 
 from mllm_audio import wav
 from mllm_audio.config import read_json
+from mllm_audio.data.requests import Request, read_requests
+from mllm_audio.data.timing import TIMING_FILE, rtf, timed
 from mllm_audio.files import encode_lines, file_sha256, locked, write_atomic
+from mllm_audio.hardware import machine_name
 from mllm_audio.peers.pipelines import PEERS, PeerPipeline
-from mllm_audio.peers.prompts import Prompt, read_prompts
+from mllm_audio.types import Clip
 
-TIMING, CAPTIONS, LOCK = "timing.json", "captions.jsonl", ".lock"
+CAPTIONS, LOCK = "captions.jsonl", ".lock"
 HASHED = (".json", ".safetensors", ".model", ".txt")  # files of a model that decide what it does
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -64,7 +65,9 @@ class PeerReport:
 
     def __str__(self) -> str:
         """Summarise for the terminal."""
-        return f"{self.num_clips:,} clips in {self.out}, RTF {self.rtf:.3g}, see {TIMING} there"
+        return (
+            f"{self.num_clips:,} clips in {self.out}, RTF {self.rtf:.3g}, see {TIMING_FILE} there"
+        )
 
 
 def run_peer(
@@ -76,7 +79,7 @@ def run_peer(
 
     Args:
         name: a key of PEERS.
-        captions: see `read_prompts`.
+        captions: see `read_requests`.
         out: of the files, `captions.jsonl` (a manifest of them) and `timing.json`.
         model: folder of the peer's weights.
         config: see `PeerConfig`.
@@ -87,7 +90,7 @@ def run_peer(
         OSError: if a file cannot be read or written.
     """
     config = config or PeerConfig()
-    prompts = read_prompts(captions)
+    prompts = read_requests(captions, seed=config.seed)
     if not model.is_dir():
         raise ValueError(f"--model {model} is not a folder; type the one that holds the weights")
     options = _options(name, config)
@@ -101,7 +104,7 @@ def run_peer(
         todo = [
             (number, batch)
             for number, batch in enumerate(batches)
-            if not all(p.stem in clips and (out / _file(p)).is_file() for p in batch)
+            if not all(p.name in clips and (out / _file(p)).is_file() for p in batch)
         ]
         if todo:
             pipeline = PEERS[name].load(model, device, DTYPES[config.dtype])
@@ -112,16 +115,16 @@ def run_peer(
                 )
             _generate(pipeline, todo, clips, out, facts, config, options)
         rows = [
-            {"audio": _file(prompt), "caption": prompt.caption, "seed": config.seed + number}
-            for number, prompt in enumerate(prompts)
+            {"audio": _file(prompt), "caption": prompt.caption, "seed": prompt.seed}
+            for prompt in prompts
         ]
         write_atomic(out / CAPTIONS, encode_lines(rows))
-    return PeerReport(out=out, num_clips=len(prompts), rtf=_rtf(list(clips.values())))
+    return PeerReport(out=out, num_clips=len(prompts), rtf=rtf(list(clips.values())))
 
 
 def _generate(
     pipeline: PeerPipeline,
-    todo: Sequence[tuple[int, Sequence[Prompt]]],
+    todo: Sequence[tuple[int, Sequence[Request]]],
     clips: dict[str, dict[str, Any]],
     out: Path,
     facts: dict[str, Any],
@@ -130,7 +133,7 @@ def _generate(
 ) -> None:
     """Generate batches, write their files and then their timing, which makes them finished."""
 
-    def generate(number: int, batch: Sequence[Prompt]) -> torch.Tensor:
+    def generate(number: int, batch: Sequence[Request]) -> torch.Tensor:
         first = config.seed + number * config.batch_size
         return pipeline.generate(
             [prompt.caption for prompt in batch],
@@ -146,14 +149,8 @@ def _generate(
         seconds = time.perf_counter() - start
         for prompt, waveform in zip(batch, waveforms, strict=True):
             wav.write(out / _file(prompt), waveform, pipeline.sample_rate)
-            audio_seconds = len(waveform) / pipeline.sample_rate
-            clips[prompt.stem] = {
-                "audio": _file(prompt),
-                "wall_seconds": seconds / len(batch),
-                "audio_seconds": audio_seconds,
-                "rtf": seconds / len(batch) / audio_seconds,
-                "batch_size": len(batch),
-            }
+            clip = Clip(waveform, pipeline.sample_rate)
+            clips[prompt.name] = timed(out / _file(prompt), clip, seconds, len(batch))
         _write_timing(out, facts, clips)
 
 
@@ -180,7 +177,7 @@ def _options(name: str, config: PeerConfig) -> dict[str, Any]:
 
 def _facts(
     name: str,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[Request],
     model: Path,
     config: PeerConfig,
     options: dict[str, Any],
@@ -188,7 +185,7 @@ def _facts(
 ) -> dict[str, Any]:
     """Say what the times depend on; clips of one folder share all of it but the model's place."""
     is_cuda = device.type == "cuda"
-    texts = json.dumps([[prompt.stem, prompt.caption] for prompt in prompts])
+    texts = json.dumps([[prompt.name, prompt.caption] for prompt in prompts])
     return {
         "peer": name,
         "model": str(model),
@@ -200,7 +197,7 @@ def _facts(
         "batch_size": config.batch_size,
         "dtype": config.dtype,
         "device": torch.cuda.get_device_name(device) if is_cuda else device.type,
-        "machine": _machine(),
+        "machine": machine_name(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
@@ -215,18 +212,9 @@ def _fingerprint(model: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def _machine() -> str:
-    """Name system, processor and its number of cores."""
-    processor, cpuinfo = platform.processor(), Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        processor = names[0].partition(":")[2].strip() if names else processor
-    return f"{platform.system()} {platform.machine()}, {processor}, {os.cpu_count()} cores"
-
-
 def _resume(out: Path, facts: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Read the timing of finished clips by stem, if they are of the same run."""
-    path = out / TIMING
+    path = out / TIMING_FILE
     if not path.is_file():
         return {}
     before = read_json(path, "type another --out")
@@ -242,14 +230,9 @@ def _resume(out: Path, facts: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def _write_timing(out: Path, facts: dict[str, Any], clips: dict[str, dict[str, Any]]) -> None:
     rows = list(clips.values())
-    values = {**facts, "rtf": _rtf(rows), "clips": rows}
-    write_atomic(out / TIMING, (json.dumps(values, indent=1) + "\n").encode())
+    values = {**facts, "rtf": rtf(rows), "clips": rows}
+    write_atomic(out / TIMING_FILE, (json.dumps(values, indent=1) + "\n").encode())
 
 
-def _rtf(clips: Sequence[dict[str, Any]]) -> float:
-    wall, audio = (sum(clip[key] for clip in clips) for key in ("wall_seconds", "audio_seconds"))
-    return wall / audio
-
-
-def _file(prompt: Prompt) -> str:
-    return f"{prompt.stem}.wav"
+def _file(prompt: Request) -> str:
+    return f"{prompt.name}.wav"

@@ -14,7 +14,8 @@ from typing import Any
 
 from mllm_audio.claim import RUN_FILE
 from mllm_audio.config import override, read_json
-from mllm_audio.generation.requests import generate_requests, read_requests
+from mllm_audio.data.requests import read_requests
+from mllm_audio.generation.requests import generate_requests
 from mllm_audio.generation.voice import Voice
 from mllm_audio.presets import SMALL, RunConfig, get_preset
 from mllm_audio.reproduce.tables import System
