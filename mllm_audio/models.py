@@ -11,6 +11,7 @@ from mllm_audio.audiomar import AudioMAR
 from mllm_audio.config import read_json
 from mllm_audio.model import AudioLanguageModel
 from mllm_audio.pretrained import load_text_tokenizer
+from mllm_audio.quiet import quiet
 
 Model = AudioLanguageModel | AudioMAR
 
@@ -39,7 +40,8 @@ def load_model(
     if is_audiomar(folder):
         if base is not None:
             raise ValueError(f"{folder} stands alone, it has no base model; leave --base out")
-        return AudioMAR.from_pretrained(folder), load_text_tokenizer(folder)
+        with quiet(is_local=True):  # transformers does not know the architecture
+            return AudioMAR.from_pretrained(folder), load_text_tokenizer(folder)
     model = AudioLanguageModel.from_pretrained(folder, base, merge=merge)
     if model.text_tokenizer is None:
         raise ValueError(f"{folder} has no text tokenizer; restore its tokenizer.json")
