@@ -1,4 +1,4 @@
-"""`mllm-audio reproduce`: rows are presets, stages are kept, tables and figures say what is known."""
+"""`mllm-audio reproduce`: rows are presets, stages are kept, tables say what is known."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_figure_6_has_a_line_per_schedule_and_one_of_temperatures(tmp_path):
 
 def test_the_papers_systems_ask_for_mars_weights(tmp_path):
     job = Job(out=tmp_path, data=tmp_path, captions=tmp_path, small=False)
-    with pytest.raises(ValueError, match="type --init-from MAR_CHECKPOINT.pth"):
+    with pytest.raises(ValueError, match=r"type --init-from MAR_CHECKPOINT\.pth"):
         train(job, TABLES["table1"][1], 0)
 
 
@@ -186,15 +186,9 @@ def test_a_table_runs_at_the_papers_scale_with_its_kinds_of_files(recordings, tm
     data, out = tmp_path / "data", tmp_path / "out"
     options = {"max_seconds": 1.28, "pad": True, "conditioner_spec": spec, "progress": False}
     prepare(recordings, data, "dct", **options)
-    test = [json.loads(line) for line in recordings.open()][12:]
-    captions = tmp_path / "test.jsonl"
-    captions.write_text("".join(json.dumps(entry) + "\n" for entry in test))
-    reference = tmp_path / "reference"
-    reference.mkdir()
-    for entry in test:
-        (reference / Path(entry["audio"]).name).symlink_to(tmp_path / entry["audio"])
+    reference = recordings
     typed = ["table5", "--scale", "paper", "--data", data, "--out", out, "--rows", "clap,both"]
-    typed += ["--captions", captions, "--reference", reference, "--steps", 2]
+    typed += ["--captions", recordings, "--reference", reference, "--steps", 2]
     typed += ["--embedder", f"tiny={judge(tmp_path / 'judge')}", *SIZE, "init=random"]
     typed += ["audio.max_tokens=32", "backbone.max_positions=128"]
     done = command(*typed)

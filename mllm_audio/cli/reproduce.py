@@ -37,8 +37,9 @@ OPTIONS = [
         "--max-seconds", type=float, default=1.28, show_default=True, help="small: a clip."
     ),
     click.option("--label", default="label", show_default=True, help="small: column of the class."),
-    click.option("--captions", type=PATH, help="paper: manifest of the test clips."),
-    click.option("--reference", type=PATH, help="paper: folder of the test clips."),
+    click.option("--captions", type=PATH, help="paper: manifest with the test clips."),
+    click.option("--split", default="test", show_default=True, help="paper: of --captions."),
+    click.option("--reference", type=PATH, help="paper: folder or manifest with the test clips."),
     click.option("--init-from", type=PATH, help="paper: MAR's checkpoint of image weights."),
     click.option(
         "--launcher",
@@ -118,6 +119,7 @@ def _run(name: str, *, out: Path, data: Path, scale: str, **options: Any) -> Non
         data=data,
         captions=captions,
         small=small,
+        split=None if small else options["split"],
         overrides=tuple(overrides),
         launcher=options["launcher"],
         init_from=options["init_from"],

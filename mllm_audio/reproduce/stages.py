@@ -30,6 +30,7 @@ class Job:
     data: Path  # prepared folder to train on
     captions: Path  # manifest of the sounds to make
     small: bool  # the systems scaled down
+    split: str | None = None  # of `captions` to use; None: all
     overrides: tuple[str, ...] = ()  # section.key=value, of every training
     launcher: str = ""  # words before `-m mllm_audio train`, e.g. torchrun --nproc_per_node 8
     init_from: Path | None = None  # MAR checkpoint that the paper's systems start from
@@ -135,7 +136,7 @@ def generate(job: Job, system: System, seed: int, limit: int | None) -> Path:
     run = job.run(job.preset(system), seed)
     voice = Voice.load(run)
     config = replace(voice.defaults, **dict(system.generation))
-    requests = read_requests(job.captions, seed=job.generation_seed, limit=limit)
+    requests = read_requests(job.captions, seed=job.generation_seed, split=job.split, limit=limit)
     out = job.out / "sounds" / f"{run.name}{_suffix(system)}"
     generate_requests(voice, run, requests, out, config, job.batch_size)
     return out
