@@ -117,6 +117,24 @@ def sine_manifest(folder: Path, count: int = 12, seconds: float = 0.5) -> Path:
     return folder / "manifest.jsonl"
 
 
+def labelled_manifest(folder: Path) -> Path:
+    """Write twelve labelled tones to train on, and twelve of split test."""
+    import json
+    import shutil
+
+    sine_manifest(folder / "tones")
+    rows = []
+    for index in range(24):
+        name = f"tones/take{index}.wav"
+        shutil.copyfile(folder / f"tones/{index % 12}.wav", folder / name)
+        split = "train" if index < 12 else "test"
+        row = {"audio": name, "caption": CAPTIONS[index % 4], "label": "ab"[index % 2]}
+        rows.append({**row, "split": split})
+    path = folder / "labelled.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory):
     """A prepared folder of a dozen short tones."""

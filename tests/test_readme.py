@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import sine_manifest, write_base
+from conftest import labelled_manifest, sine_manifest, write_base
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -23,6 +23,7 @@ SHORTER = {
     "demo": ["--minutes", "0.02", "--clips", "40"],
     "add-voice": ["train.num_steps=2", "audio.max_tokens=16", "audio.head.width=32"],
     "chat": ["--max-new-tokens", "8"],
+    "reproduce": ["--rows", "E", "--seeds", "1", "--steps", "2", "audio.head.width=32"],
     "torchrun": ["train.num_steps=3", "train.batch_size=4", "backbone.num_layers=1"],
 }
 
@@ -35,6 +36,7 @@ def blocks(language: str) -> list[str]:
 def workplace(tmp_path_factory):
     folder = tmp_path_factory.mktemp("readme")
     sine_manifest(folder)
+    labelled_manifest(folder)
     row = blocks("json")[0].replace("seven.wav", "1.wav")
     (folder / "talk.jsonl").write_text(row * 4)
     (folder / "held_out.txt").write_text("a rising sweep and a low beep")
@@ -51,7 +53,7 @@ def test_every_command_and_code_block_runs_in_order(workplace, monkeypatch, caps
     commands = [line for block in blocks("bash") for line in block.strip().splitlines()]
     named = {line.split()[0 if line.startswith("torchrun") else 1] for line in commands}
     assert named == set(SHORTER) | {
-        "prepare", "generate", "info", "merge", "plan", "export", "bench",
+        "prepare", "generate", "info", "merge", "plan", "export", "bench", "evaluate",
     }  # fmt: skip
     for line in commands:
         arguments = shlex.split(line)
@@ -80,6 +82,7 @@ def test_every_command_and_code_block_runs_in_order(workplace, monkeypatch, caps
     assert (workplace / "runs/untrained/adapter_model.safetensors").is_file()
     assert (workplace / "runs/zero-raw/model.safetensors").is_file()
     assert (workplace / "runs/voice-merged/config.json").is_file()
+    assert "fd_judge" in (workplace / "scores/report.html").read_text()
 
 
 def test_the_tree_matches_the_disk():
@@ -91,14 +94,22 @@ def test_the_tree_matches_the_disk():
 
 def test_the_tables_named_in_the_readme_exist():
     from mllm_audio.backbone import FAMILIES
+    from mllm_audio.conditioners import CONDITIONERS
     from mllm_audio.diffusion.samplers import NOISE_SAMPLERS, VELOCITY_SAMPLERS
+    from mllm_audio.evaluation.embedders import EMBEDDERS
+    from mllm_audio.evaluation.measures import METRICS
     from mllm_audio.heads import HEADS
     from mllm_audio.masking import SCHEDULES
     from mllm_audio.presets import PRESETS
+    from mllm_audio.reproduce.tables import TABLES
     from mllm_audio.tokenizers import TOKENIZERS
 
     tables = {
+        "CONDITIONERS": CONDITIONERS,
+        "EMBEDDERS": EMBEDDERS,
         "FAMILIES": FAMILIES,
+        "METRICS": METRICS,
+        "TABLES": TABLES,
         "NOISE_SAMPLERS": NOISE_SAMPLERS,
         "VELOCITY_SAMPLERS": VELOCITY_SAMPLERS,
         "HEADS": HEADS,

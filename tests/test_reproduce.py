@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from conftest import CAPTIONS, sine_manifest
+from conftest import labelled_manifest
 from tiny_encoders import write_clap, write_t5
 
 from mllm_audio.cli.reproduce import TABLES as TYPED
@@ -138,22 +138,8 @@ SIZE = [
 
 @pytest.fixture
 def recordings(tmp_path):
-    """Twelve labelled recordings of test, and as many of train."""
-    sine_manifest(tmp_path)
-    rows = [json.loads(line) for line in (tmp_path / "manifest.jsonl").open()]
-    audio = [entry["audio"] for entry in rows]
-    made = []
-    for number in range(24):
-        source = tmp_path / audio[number % len(audio)]
-        copy = source.with_name(f"take{number}.wav")
-        copy.write_bytes(source.read_bytes())
-        made.append({
-            "audio": str(copy.relative_to(tmp_path)), "caption": CAPTIONS[number % 4],
-            "label": "ab"[number % 2], "split": ["train", "test"][number >= 12],
-        })  # fmt: skip
-    path = tmp_path / "labelled.jsonl"
-    path.write_text("".join(json.dumps(entry) + "\n" for entry in made))
-    return path
+    """Twelve labelled recordings of train, and as many of test."""
+    return labelled_manifest(tmp_path)
 
 
 @pytest.mark.slow
