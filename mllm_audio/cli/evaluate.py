@@ -7,7 +7,36 @@ from typing import Any
 
 import click
 
-from mllm_audio.cli.group import COUNT, PATH, cli
+from mllm_audio.cli.group import COUNT, PATH, cli, with_options
+
+EMBEDDERS = [
+    click.option("--panns", type=PATH, help="Cnn14_16k_mAP=0.438.pth or Cnn14_mAP=0.431.pth."),
+    click.option("--vggish", type=PATH, help="vggish-10086976.pth."),
+    click.option("--clap", type=PATH, help="A ClapModel's folder, or LAION's .pt."),
+    click.option(
+        "--embedder",
+        multiple=True,
+        metavar="NAME=PATH",
+        help="A folder of train-classifier; repeats.",
+    ),
+]
+
+
+def load_embedders(options: dict[str, Any], device: str = "cpu") -> list[Any]:
+    """Load what the options `EMBEDDERS` name."""
+    from mllm_audio.evaluation.embedders import load_embedder
+
+    kinds = {kind: options[kind] for kind in ("panns", "vggish")}
+    is_laion = options["clap"] is not None and options["clap"].suffix == ".pt"
+    kinds["clap_laion" if is_laion else "clap_hf"] = options["clap"]
+    specs: list[tuple[str, str | None]]
+    specs = [(f"{kind}:{path}", None) for kind, path in kinds.items() if path is not None]
+    for text in options["embedder"]:
+        name, equals, path = text.partition("=")
+        if not equals or not name.isidentifier():
+            raise click.BadParameter(f"found --embedder {text!r}, expected NAME=PATH")
+        specs.append((f"own:{path}", name))
+    return [load_embedder(spec, device, name) for spec, name in specs]
 
 
 @cli.command()
@@ -38,12 +67,7 @@ def train_classifier(manifest: Path, out: Path, **options: Any) -> None:
 @click.option("--captions", type=PATH, help="JSONL; by default GENERATED/captions.jsonl.")
 @click.option("--out", type=PATH, required=True, help="Folder for the reports.")
 @click.option("--metrics", help="Comma-separated; by default all that the embedders allow.")
-@click.option("--panns", type=PATH, help="Cnn14_16k_mAP=0.438.pth or Cnn14_mAP=0.431.pth.")
-@click.option("--vggish", type=PATH, help="vggish-10086976.pth.")
-@click.option("--clap", type=PATH, help="A ClapModel's folder, or LAION's .pt.")
-@click.option(
-    "--embedder", multiple=True, metavar="NAME=PATH", help="A folder of train-classifier; repeats."
-)
+@with_options(EMBEDDERS)
 @click.option("--ids", type=PATH, help="File of clip names, one a line; others are left out.")
 @click.option("--cache", type=PATH, help="Folder of features; by default OUT/features.")
 @click.option("--batch-size", type=COUNT, default=16, show_default=True)
@@ -71,29 +95,15 @@ def evaluate(generated: Path, reference: Path, out: Path, **options: Any) -> Non
     the same command continues.
     """
     from mllm_audio.evaluation.clips import read_ids
-    from mllm_audio.evaluation.embedders import load_embedder
     from mllm_audio.evaluation.evaluate import Options
     from mllm_audio.evaluation.evaluate import evaluate as run_evaluate
 
-    names, ids, metrics = options["embedder"], options["ids"], options["metrics"]
-    specs: list[tuple[str, str | None]] = []
-    if options["panns"]:
-        specs.append((f"panns:{options['panns']}", None))
-    if options["vggish"]:
-        specs.append((f"vggish:{options['vggish']}", None))
-    if options["clap"]:
-        kind = "clap_laion" if options["clap"].suffix == ".pt" else "clap_hf"
-        specs.append((f"{kind}:{options['clap']}", None))
-    for text in names:
-        name, equals, path = text.partition("=")
-        if not equals or not name.isidentifier():
-            raise click.BadParameter(f"found --embedder {text!r}, expected NAME=PATH")
-        specs.append((f"own:{path}", name))
+    ids, metrics = options["ids"], options["metrics"]
     card = run_evaluate(
         generated,
         reference,
         out,
-        [load_embedder(spec, options["device"], name) for spec, name in specs],
+        load_embedders(options, options["device"]),
         metrics=[name.strip() for name in metrics.split(",")] if metrics else None,
         captions=options["captions"],
         ids=read_ids(ids) if ids else None,

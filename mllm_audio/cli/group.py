@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -21,3 +23,14 @@ BASE = click.option("--base", help="Where an adapter's base model is now, if it 
 @click.option("--local_rank", hidden=True, help="Passed by the deepspeed launcher.")
 def cli(local_rank: str | None) -> None:
     """Audio as an output of a Hugging Face causal LM."""
+
+
+def with_options(options: Sequence[Callable[[Any], Any]]) -> Callable[[Any], Any]:
+    """Give a command options that others have too, in order."""
+
+    def decorate(command: Any) -> Any:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate

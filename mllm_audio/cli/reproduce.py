@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from mllm_audio.cli.group import COUNT, PATH, cli
+from mllm_audio.cli.evaluate import EMBEDDERS, load_embedders
+from mllm_audio.cli.group import COUNT, PATH, cli, with_options
 
 TABLES = ("table1", "table3", "table4", "table5", "table6", "table8", "figure6")
-EMBEDDERS = [
-    click.option("--panns", type=PATH, help="Cnn14_16k_mAP=0.438.pth or Cnn14_mAP=0.431.pth."),
-    click.option("--vggish", type=PATH, help="vggish-10086976.pth."),
-    click.option("--clap", type=PATH, help="A ClapModel's folder, or LAION's .pt."),
-    click.option("--embedder", multiple=True, metavar="NAME=PATH", help="Of train-classifier."),
-]
 OPTIONS = [
     click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]..."),
     click.option("--out", type=PATH, required=True, help="Folder of everything."),
@@ -58,18 +52,9 @@ def reproduce() -> None:
     """
 
 
-def _with(options: list[Any]) -> Callable[[Any], Any]:
-    def decorate(command: Any) -> Any:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return decorate
-
-
 def _register(name: str) -> None:
     @reproduce.command(name)
-    @_with(OPTIONS)
+    @with_options(OPTIONS)
     def command(**options: Any) -> None:
         _run(name, **options)
 
@@ -103,7 +88,7 @@ def _run(name: str, *, out: Path, data: Path, scale: str, **options: Any) -> Non
     overrides = list(options["overrides"])
     if options["steps"] is not None:
         overrides.append(f"train.num_steps={options['steps']}")
-    embedders = _embedders(options)
+    embedders = load_embedders(options)
     captions, reference = options["captions"], options["reference"]
     if small:
         local = make_local_data(data, out, options["max_seconds"], options["label"])
@@ -143,28 +128,12 @@ def _run(name: str, *, out: Path, data: Path, scale: str, **options: Any) -> Non
                 click.echo(drawn)
 
 
-def _embedders(options: dict[str, Any]) -> list[Any]:
-    """Load the embedders that were named."""
-    from mllm_audio.evaluation.embedders import load_embedder
-
-    specs = [(f"{kind}:{options[kind]}", kind) for kind in ("panns", "vggish") if options[kind]]
-    if options["clap"]:
-        kind = "clap_laion" if options["clap"].suffix == ".pt" else "clap_hf"
-        specs.append((f"{kind}:{options['clap']}", ""))
-    for text in options["embedder"]:
-        name, equals, path = text.partition("=")
-        if not equals or not name.isidentifier():
-            raise click.BadParameter(f"found --embedder {text!r}, expected NAME=PATH")
-        specs.append((f"own:{path}", name))
-    return [load_embedder(spec, name=name or None) for spec, name in specs]
-
-
 @reproduce.command("figure4")
 @click.argument("systems", nargs=-1, required=True, metavar="NAME=SOUNDS...")
 @click.option("--reference", type=PATH, required=True, help="Folder of recordings.")
 @click.option("--out", type=PATH, required=True)
 @click.option("--metric", default="fad_vggish", show_default=True)
-@_with(EMBEDDERS)
+@with_options(EMBEDDERS)
 def figure4(
     systems: tuple[str, ...], reference: Path, out: Path, metric: str, **options: Any
 ) -> None:
@@ -177,5 +146,5 @@ def figure4(
         if not equals or not name or name in folders:
             raise click.BadParameter(f"found {text!r}, expected NAME=SOUNDS, each name once")
         folders[name] = Path(folder)
-    click.echo(figure_4(folders, reference, out, _embedders(options), metric))
+    click.echo(figure_4(folders, reference, out, load_embedders(options), metric))
     click.echo(out / "figure4.svg")
