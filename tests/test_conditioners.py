@@ -89,6 +89,44 @@ def test_clap_is_transformers_text_features_and_t5_its_encoder(encoders, spec):
     assert longer.shape == (77, 16)  # cut
 
 
+def test_words_are_fixed_vectors_in_their_places():
+    conditioner = load_conditioner("words")
+    (first,), (again,), (turned,) = conditioner.embed(
+        ["A dog, barks!", "a DOG barks", "barks a dog"]
+    )
+    assert first.shape == (3, 64) and torch.equal(first, again)
+    assert not torch.allclose(first, turned)
+    # The same word in another place differs by the places' sinusoids alone.
+    (one,), (two,) = conditioner.embed(["rain", "dog rain"])
+    angle = torch.exp(torch.arange(0, 64, 2) * (-torch.tensor(10_000.0).log() / 64))
+    shift = torch.cat([angle.sin(), angle.cos() - 1])
+    torch.testing.assert_close(two[1] - one[0], shift, rtol=1e-4, atol=1e-5)
+    assert (
+        abs(torch.cat([e[0] for e in conditioner.embed([f"w{i}" for i in range(200)])]).std() - 1.2)
+        < 0.1
+    )
+    assert conditioner.embed(["word " * 50])[0][0].shape == (12, 64)
+    with pytest.raises(ValueError, match="'words' has no weights, found clap; type just words"):
+        load_conditioner("words:clap=x")
+
+
+def test_padded_clips_are_as_long_as_the_longest_and_end_in_silence(tmp_path):
+    manifest = sine_manifest(tmp_path, count=4)
+    for name, option in (("short", False), ("full", True)):
+        prepare(manifest, tmp_path / name, "dct", max_seconds=1.28, pad=option, progress=False)
+    short, full = (read_index(tmp_path / name) for name in ("short", "full"))
+    assert "--pad" in full.command(tmp_path) and "--pad" not in short.command(tmp_path)
+    clips = [read_shard(tmp_path / name / short.shards[0].file) for name in ("short", "full")]
+    assert {clip.num_tokens for clip in clips[1]} == {32}
+    for before, after in zip(*clips, strict=True):
+        assert before.num_samples == after.num_samples < 1.28 * 16000
+        whole = before.num_tokens - 4  # the last column holds the end of the sound
+        torch.testing.assert_close(after.latents()[:whole], before.latents()[:whole])
+        assert torch.equal(after.latents()[-4:], after.latents()[-8:-4])  # silence
+    with pytest.raises(ValueError, match="pad was True, now False"):
+        prepare(manifest, tmp_path / "full", "dct", max_seconds=1.28, progress=False)
+
+
 def test_padding_is_zero_before_the_projection():
     streams = (PromptStream(name="t5", length=4, dim=3),)
     (padded,) = pad([torch.ones(2, 3)], streams)
@@ -212,7 +250,8 @@ def test_the_prompt_decides_the_sound_and_the_null_prompt_hides_it(trained):
     alone = voice.generate_latents([CAPTION], config, [1])[0]
     assert (first - alone).norm() < 1e-4 * first.norm()
     prompts = voice.prompts([CAPTION, "rain on a roof"], config)
-    hidden = replace(config, guidance_scale=0.0, guidance_schedule="constant")  # unconditional
+    # Scale 0 is the unconditional branch; the variance, which is not its own, needs a temperature.
+    hidden = replace(config, guidance_scale=0.0, guidance_schedule="constant", temperature=0.0)
     steps = list(decode(voice.model, prompts, SpecialIds.of(voice.text_tokenizer), [1, 1], hidden))
     latents = torch.stack([step.latents for step in steps], 1)
     assert (latents[0] - latents[1]).norm() < 1e-4 * latents[0].norm()
