@@ -85,7 +85,7 @@ def model_card(
         "[arXiv:2507.09834](https://arxiv.org/abs/2507.09834).",
         "\n".join(["| | |", "|---|---|", *rows]),
         _weights_notice(audio),
-        _usage(folder, repo_id, base),
+        _usage(folder, repo_id, base, has_text=not audio.prompt_streams),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -157,6 +157,11 @@ def _model_facts(
         facts["backbone"] = read_json(folder / "config.json", "restore it").get("model_type")
     count = f"{_num_parameters(folder):,}"
     facts["parameters"] = f"{count} beside the base model's" if is_adapter(folder) else count
+    if audio.conditioner is not None:
+        name, _, rest = audio.conditioner.partition(":")
+        sources = [part.partition("=") for part in rest.split(",") if part]
+        encoders = ", ".join(f"{key} `{public_name(source)}`" for key, _, source in sources)
+        facts["prompted by"] = f"`{name}`" + (f": {encoders}" if encoders else "")
     facts["longest clip"] = f"{audio.max_seconds:g} s, {audio.max_tokens} latents"
     return facts
 
@@ -227,7 +232,7 @@ def _weights_notice(audio: AudioConfig) -> str:
     )
 
 
-def _usage(folder: Path, repo_id: str, base: str | None) -> str:
+def _usage(folder: Path, repo_id: str, base: str | None, *, has_text: bool) -> str:
     """Show how to load the voice and, of a standalone checkpoint, the text side."""
     is_local = is_adapter(folder) and base is not None and not is_hub_id(base)
     argument = ', base="FOLDER_OF_THE_BASE_MODEL"' if is_local else ""
@@ -243,7 +248,7 @@ def _usage(folder: Path, repo_id: str, base: str | None) -> str:
         *(TALK if base is not None else DESCRIBE),
         "```",
     ]
-    if not is_adapter(folder):
+    if has_text and not is_adapter(folder):
         lines += [
             "",
             "The text side is an ordinary checkpoint: "

@@ -140,6 +140,14 @@ def checkpoint_files(folder: Path) -> dict[str, Path | bytes]:
             "has; write the hub id of the same weights instead, in the `audio` section of "
             f"{folder / (ADAPTER_FILE if is_adapter(folder) else 'config.json')}"
         )
+    encoders = (audio.conditioner or "").partition(":")[2]
+    sources = [part.partition("=")[2] for part in encoders.split(",") if part]
+    if local := [source for source in sources if not is_hub_id(source)]:
+        raise ValueError(
+            f"{folder} is prompted by {', '.join(local)}, local folders that nobody else has; "
+            "write the hub ids of the same weights instead, in `conditioner` of the `audio` "
+            f"section of {folder / 'config.json'}"
+        )
     files: dict[str, Path | bytes] = {
         path.name: path
         for path in sorted(folder.iterdir())

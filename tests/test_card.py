@@ -19,11 +19,13 @@ from huggingface_hub import ModelCard, constants
 
 import mllm_audio
 from mllm_audio.adapter import AdaptConfig
+from mllm_audio.backbone import build_backbone
 from mllm_audio.card import AUDIO_TOKENIZERS, code_version, is_hub_id, model_card
 from mllm_audio.config import to_dict
 from mllm_audio.evaluation.perplexity import Perplexity, TextDrift
 from mllm_audio.hub import checkpoint_files, push_to_hub
 from mllm_audio.model import AudioLanguageModel
+from mllm_audio.presets import get_preset
 from mllm_audio.tokenizers import TOKENIZERS
 
 REPO = "someone/beeps"
@@ -455,3 +457,21 @@ def test_every_file_of_a_sharded_checkpoint_goes_up(checkpoint):
         put(checkpoint / name, {})
     names = checkpoint_files(checkpoint).keys()
     assert {"model-00001-of-00002.safetensors", "model.safetensors.index.json"} <= names
+
+
+def test_a_model_of_prompts_names_its_encoders_and_claims_no_text_side(tmp_path):
+    config = get_preset("abl_e_small")
+    sizes = replace(config.backbone, hidden_size=32, num_layers=2, num_heads=2)
+    audio = replace(config.audio, conditioner="clap_t5:clap=/home/me/clap,t5=google/flan-t5-large")
+    model = AudioLanguageModel(build_backbone(sizes, 4), audio)
+    model.save_pretrained(tmp_path / "run")
+    card = model_card(tmp_path / "run", "me/x")
+    assert "| prompted by | `clap_t5`: clap `clap`, t5 `google/flan-t5-large` |" in card
+    assert "/home" not in card and "text side" not in card
+    with pytest.raises(ValueError, match="is prompted by /home/me/clap, local folders that nobody"):
+        checkpoint_files(tmp_path / "run")
+    path = tmp_path / "run/config.json"
+    values = json.loads(path.read_text())
+    values["audio"]["conditioner"] = "clap_t5:clap=laion/clap,t5=google/flan-t5-large"
+    path.write_text(json.dumps(values))
+    assert "model.safetensors" in checkpoint_files(tmp_path / "run")

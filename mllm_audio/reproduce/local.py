@@ -14,6 +14,7 @@ from mllm_audio.files import encode_lines, write_atomic
 from mllm_audio.presets import digits
 
 HELD_OUT_SHARE = 0.1  # of the recordings, where the manifest names no test or validation split
+PROMPT_ROOM = 32  # positions beside the latents
 JUDGE = "judge"  # name of the classifier, and so the end of its metrics' names
 
 
@@ -93,7 +94,9 @@ def _label(clip: PreparedClip, label: str, manifest: Path) -> str:
 
 def _overrides(max_seconds: float) -> tuple[str, ...]:
     """Make a preset as long as the clips."""
-    audio = digits().audio
-    columns = math.ceil(max_seconds / audio.column_seconds - 1e-6)
-    num_tokens = columns * audio.tokens_per_column
-    return (f"audio.max_tokens={num_tokens}", f"backbone.max_positions={num_tokens + 64}")
+    preset = digits()
+    assert preset.backbone is not None
+    columns = math.ceil(max_seconds / preset.audio.column_seconds - 1e-6)
+    num_tokens = columns * preset.audio.tokens_per_column
+    num_positions = max(preset.backbone.max_positions, num_tokens + PROMPT_ROOM)
+    return (f"audio.max_tokens={num_tokens}", f"backbone.max_positions={num_positions}")
