@@ -56,7 +56,7 @@ def load_laion(path: Path) -> Laion:
             f"{path} has an audio encoder of width {width}, expected one of {sorted(WIDTHS)}"
         )
     try:
-        import laion_clap  # type: ignore[import-not-found]  # an extra
+        import laion_clap  # an extra
     except ImportError as error:
         raise ImportError(
             f"{path} needs laion-clap, which is not installed ({error}); type pip install "

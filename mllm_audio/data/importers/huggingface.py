@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from datasets import (  # type: ignore[import-untyped]
+from datasets import (
     Audio,
     Dataset,
     DatasetDict,
@@ -27,7 +27,7 @@ from datasets import (  # type: ignore[import-untyped]
     load_dataset,
     load_from_disk,
 )
-from datasets.utils.file_utils import xopen  # type: ignore[import-untyped]
+from datasets.utils.file_utils import xopen
 from tqdm import tqdm
 
 from mllm_audio.config import read_json
