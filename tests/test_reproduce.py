@@ -102,15 +102,6 @@ def test_the_papers_systems_ask_for_mars_weights(tmp_path):
         train(job, TABLES["table1"][1], 0)
 
 
-def test_a_run_of_other_settings_is_refused(tmp_path):
-    job = Job(out=tmp_path, data=tmp_path, captions=tmp_path, small=True)
-    run = job.run("abl_e_small", 0)
-    run.mkdir(parents=True)
-    (run / "run.json").write_text(json.dumps({"preset": "abl_e_small", "train": {"seed": 7}}))
-    with pytest.raises(ValueError, match=r"with train.seed=7, found 0; type another --out"):
-        train(job, System(label="E", preset="abl_e", what=""), 0)
-
-
 def test_a_training_that_fails_says_where_to_look(tmp_path):
     job = Job(out=tmp_path, data=tmp_path / "nowhere", captions=tmp_path, small=True)
     with pytest.raises(RuntimeError, match=r"abl_e_small-seed0 ended with 2, see .*seed0.log"):
@@ -155,15 +146,20 @@ def test_a_table_runs_at_small_scale_and_continues(recordings, tmp_path):
     assert values["num_clips"] == 10 and values["steps"] == 2
     assert values["tokenizer"].startswith("dct ") and values["conditioner"].startswith("words ")
     assert {"fd_judge", "accuracy_judge"} <= values["scores"].keys()
-    run = out / "runs/audiontp_base_small-seed0/model.safetensors"
-    sound = next((out / "sounds/audiontp_base_small-seed0").glob("*.wav"))
-    before = run.stat().st_mtime_ns, sound.stat().st_mtime_ns
+    kept = [out / "runs/audiontp_base_small-seed0/model.safetensors", out / "table3.md"]
+    kept += [out / "rows/table3/A-seed0.json", out / "scores/audiontp_base_small-seed0/scores.json"]
+    kept += (out / "sounds/audiontp_base_small-seed0").glob("*.wav")
+    before = {path: path.read_bytes() for path in kept}
     (out / "rows/table3/K-seed0.json").unlink()
-    again = command(*typed)
+    again = command(
+        *typed[: typed.index("--rows")], *typed[typed.index("--rows") + 2 :], "--rows", "K"
+    )
     assert again.returncode == 0, again.stderr
-    assert (run.stat().st_mtime_ns, sound.stat().st_mtime_ns) == before
-    assert json.loads((out / "rows/table3/A-seed0.json").read_text())["scores"] == values["scores"]
     assert (out / "rows/table3/K-seed0.json").is_file()
+    assert {path: path.read_bytes() for path in kept} == before  # the table shows row A too
+    other = command(*typed, "backbone.num_heads=4")
+    assert other.returncode == 2
+    assert "holds a run with backbone.num_heads=2, found 4; type another --out" in other.stderr
 
 
 @pytest.mark.slow

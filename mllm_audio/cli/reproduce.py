@@ -122,7 +122,7 @@ def _run(name: str, *, out: Path, data: Path, scale: str, **options: Any) -> Non
     )
     click.echo(path.read_text())
     if name == "figure6":
-        rows = read_rows(out / "rows" / name, [system.label for system in systems])
+        rows = [row for s in choose_rows(name) for row in read_rows(out / "rows" / name, s.label)]
         for metric in rows[0]["scores"]:
             for drawn in figure_6(rows, metric, out / metric):
                 click.echo(drawn)

@@ -7,18 +7,21 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mllm_audio.claim import RUN_FILE
-from mllm_audio.config import override, read_json
-from mllm_audio.data.requests import read_requests
+from mllm_audio.build import fit_to_data
+from mllm_audio.claim import MAY_CHANGE, RUN_FILE, flat
+from mllm_audio.config import override, read_json, to_dict
+from mllm_audio.data.remote import open_folder
+from mllm_audio.data.requests import Request, read_requests
+from mllm_audio.files import write_atomic
 from mllm_audio.generation.requests import generate_requests
 from mllm_audio.generation.voice import Voice
 from mllm_audio.presets import SMALL, RunConfig, get_preset
 from mllm_audio.reproduce.tables import System
+from mllm_audio.run import data_facts
 from mllm_audio.training.checkpoint import has_checkpoint
 
 
@@ -63,7 +66,7 @@ def train(job: Job, system: System, seed: int, *, threads: int | None = None) ->
     run = job.run(preset, seed)
     overrides = [*job.overrides, f"train.seed={seed}", *_start(job, system, seed, threads=threads)]
     config: RunConfig = override(get_preset(preset), overrides)
-    if _is_trained(run, config):
+    if _is_trained(job, run, config):
         return run
     words = shlex.split(job.launcher) or [sys.executable]
     command = [*words, "-m", "mllm_audio", "train", "--preset", preset]
@@ -105,30 +108,35 @@ def _start(job: Job, system: System, seed: int, *, threads: int | None) -> list[
     return [f"init_from={job.init_from}"]
 
 
-def _is_trained(run: Path, config: RunConfig) -> bool:
+def _is_trained(job: Job, run: Path, config: RunConfig) -> bool:
     """Tell whether a run of this configuration has all its steps.
 
     Raises:
-        ValueError: if it is of another one.
+        ValueError: if it is of another one, or of other data.
     """
     if not (run / RUN_FILE).is_file():
         return False
-    found = read_json(run / RUN_FILE, f"delete {run}")
-    expected: dict[str, Any] = {
-        "preset": config.preset,
-        "train.seed": config.train.seed,
-        "train.num_steps": config.train.num_steps,
-        "train.batch_size": config.train.batch_size,
-    }
-    for key, value in expected.items():
-        section, _, field = key.rpartition(".")
-        before = (found.get(section, {}) if section else found).get(field)
-        if before != value:
+    before = flat(read_json(run / RUN_FILE, f"delete {run}"))
+    index = open_folder(job.data, config.data).index
+    values = {**to_dict(fit_to_data(config, index, job.data)), **data_facts(index)}
+    now = flat(json.loads(json.dumps(values)))
+    free = {*MAY_CHANGE} - {"train.num_steps", "train.optim.lr"}
+    for key in sorted((before.keys() & now.keys()) - free):
+        if before[key] != now[key] and not key.startswith("generation."):
             raise ValueError(
-                f"{run} holds a run with {key}={before}, found {value}; type another --out, or "
-                "delete that folder"
+                f"{run} holds a run with {key}={before[key]}, found {now[key]}; type another "
+                "--out, or delete that folder"
             )
     return has_checkpoint(run, config.train.num_steps) and (run / "config.json").is_file()
+
+
+def requests_of(job: Job, limit: int | None) -> list[Request]:
+    """List the sounds that every row makes.
+
+    Raises:
+        ValueError: if the captions cannot be used.
+    """
+    return read_requests(job.captions, seed=job.generation_seed, split=job.split, limit=limit)
 
 
 def generate(job: Job, system: System, seed: int, limit: int | None) -> Path:
@@ -136,9 +144,8 @@ def generate(job: Job, system: System, seed: int, limit: int | None) -> Path:
     run = job.run(job.preset(system), seed)
     voice = Voice.load(run)
     config = replace(voice.defaults, **dict(system.generation))
-    requests = read_requests(job.captions, seed=job.generation_seed, split=job.split, limit=limit)
     out = job.out / "sounds" / f"{run.name}{_suffix(system)}"
-    generate_requests(voice, run, requests, out, config, job.batch_size)
+    generate_requests(voice, run, requests_of(job, limit), out, config, job.batch_size)
     return out
 
 
@@ -147,13 +154,15 @@ def _suffix(system: System) -> str:
     return f"-{system.label}" if system.generation else ""
 
 
-def write_row(path: Path, values: dict[str, Any]) -> None:
-    """Keep what is known of a row."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+def write_row(folder: Path, label: str, seed: int, values: dict[str, Any]) -> None:
+    """Keep what is known of a row and seed of a table."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(
+        folder / f"{label}-seed{seed}.json", (json.dumps(values, indent=2) + "\n").encode()
+    )
 
 
-def read_rows(folder: Path, labels: Sequence[str]) -> list[dict[str, Any]]:
-    """Read what is known of the rows of a table."""
-    paths = [path for label in labels for path in sorted(folder.glob(f"{label}-seed*.json"))]
-    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+def read_rows(folder: Path, label: str, seed: int | None = None) -> list[dict[str, Any]]:
+    """Read what is known of a row of a table, with one seed or all."""
+    paths = folder.glob(f"{label}-seed{'*' if seed is None else seed}.json")
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(paths)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,14 +14,24 @@ import torch
 
 from mllm_audio.card import code_version
 from mllm_audio.evaluation.base import Embedder
+from mllm_audio.evaluation.clips import CAPTIONS_FILE, Folder
 from mllm_audio.evaluation.evaluate import Options, evaluate
+from mllm_audio.evaluation.features import extract
 from mllm_audio.evaluation.scorecard import Scorecard
+from mllm_audio.files import file_sha256
 from mllm_audio.generation.voice import Voice
 from mllm_audio.hardware import machine_name
 from mllm_audio.presets import get_preset
 from mllm_audio.reproduce.report import write_table
-from mllm_audio.reproduce.stages import Job, generate, read_rows, train, write_row
-from mllm_audio.reproduce.tables import System
+from mllm_audio.reproduce.stages import (
+    Job,
+    generate,
+    read_rows,
+    requests_of,
+    train,
+    write_row,
+)
+from mllm_audio.reproduce.tables import TABLES, System
 from mllm_audio.training.checkpoint import list_checkpoints
 
 
@@ -64,27 +76,63 @@ def reproduce(
     """
     todo = [(system, seed) for seed in seeds for system in systems]
     folder, path = job.out / "rows" / table, job.out / table
-    labels = [system.label for system in systems]
+    recordings = _hear_recordings(job, judgement)
     if num_jobs > 1:
         _train_side_by_side(job, todo, num_jobs, say)
     for number, (system, seed) in enumerate(todo, start=1):
         say(f"{table} {system.label} ({system.what}), seed {seed}: {number} of {len(todo)}")
         run = train(job, system, seed)
         sounds = generate(job, system, seed, judgement.num_clips)
-        card = evaluate(
-            sounds,
-            judgement.reference,
-            job.out / "scores" / sounds.name,
-            judgement.embedders,
-            metrics=judgement.metrics,
-            ids=[clip.stem for clip in sorted(sounds.glob("*.wav"))],
-            cache=job.out / "features",
-            options=Options(num_resamples=judgement.num_resamples),
-        )
-        values = _values(job, system, seed, run, card)
-        write_row(folder / f"{system.label}-seed{seed}.json", {"table": table, **values})
-        write_table(path, table, systems, read_rows(folder, labels))
+        inputs = _inputs(sounds, recordings, judgement)
+        if [row.get("inputs") for row in read_rows(folder, system.label, seed)] != [inputs]:
+            card = evaluate(
+                sounds,
+                judgement.reference,
+                job.out / "scores" / sounds.name,
+                judgement.embedders,
+                metrics=judgement.metrics,
+                ids=list(recordings),
+                cache=job.out / "features",
+                options=Options(num_resamples=judgement.num_resamples),
+            )
+            values = {"table": table, **_values(job, system, seed, run, card), "inputs": inputs}
+            write_row(folder, system.label, seed, values)
+        _write_known(path, table, systems, folder)
     return path.with_suffix(".md")
+
+
+def _hear_recordings(job: Job, judgement: Judgement) -> dict[str, Path]:
+    """Hear the recordings that the sounds are compared with, and list them by name.
+
+    Before any training: what cannot be measured is found now, and what is heard is kept.
+
+    Raises:
+        ValueError: if recordings are missing, of mixed sample rates, or cannot be heard.
+    """
+    names = sorted(request.name for request in requests_of(job, judgement.num_clips))
+    clips = Folder.open(judgement.reference, None, names).clips
+    for embedder in judgement.embedders:
+        extract(embedder, clips, job.out / "features")
+    return clips
+
+
+def _inputs(sounds: Path, recordings: dict[str, Path], judgement: Judgement) -> str:
+    """Fingerprint all that a row's values are computed from."""
+    files = [sounds / CAPTIONS_FILE, *(sounds / f"{name}.wav" for name in recordings)]
+    values = {
+        "files": [file_sha256(file) for file in (*files, *recordings.values())],
+        "embedders": [[embedder.name, embedder.fingerprint] for embedder in judgement.embedders],
+        "metrics": judgement.metrics,
+        "num_resamples": judgement.num_resamples,
+    }
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
+
+
+def _write_known(path: Path, table: str, systems: Sequence[System], folder: Path) -> None:
+    """Write the table of the rows that were asked for, and of others that are known."""
+    rows = {system: read_rows(folder, system.label) for system in TABLES.get(table, systems)}
+    shown = [system for system in rows if system in systems or rows[system]]
+    write_table(path, table, shown, [row for system in shown for row in rows[system]])
 
 
 def _train_side_by_side(
