@@ -19,10 +19,12 @@ from mllm_audio.evaluation.own import ClassifierConfig, MelClassifier, save_clas
 from mllm_audio.generation.decode import GenerationConfig
 from mllm_audio.presets import PAPER_PRESETS, get_preset
 from mllm_audio.presets.scaled import PROMPTED_APART
-from mllm_audio.reproduce.figures import Point, chart, figure_6
+from mllm_audio.reproduce.figures import Axis, Point, chart, figure_6
 from mllm_audio.reproduce.report import PUBLISHED, write_table
 from mllm_audio.reproduce.stages import Job, train
+from mllm_audio.reproduce.table import Judgement, reproduce
 from mllm_audio.reproduce.tables import TABLES, System, choose_rows
+from mllm_audio.wav import write
 
 
 def test_every_row_is_a_preset_with_settings_that_exist():
@@ -84,16 +86,37 @@ def test_a_chart_puts_points_where_they_belong():
     assert places[1] == pytest.approx((places[0] + places[2]) / 2, abs=0.2)
 
 
+def test_ticks_are_round_and_inside():
+    assert Axis(0.0, 1.0, 0, 1).ticks() == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    assert Axis(-130.0, 420.0, 0, 1).ticks() == [-100, 0, 100, 200, 300, 400]
+    assert Axis(0.03, 3.0, 0, 1, log=True).ticks() == pytest.approx([0.05, 0.1, 0.2, 0.5, 1, 2])
+    assert Axis(0.08, 0.14, 0, 1, log=True).ticks() == pytest.approx([0.08, 0.1, 0.12, 0.14])
+    narrow = chart({"": [Point(0.0, 588.41), Point(1.0, 588.44)]}, "", "")
+    assert ">588.41<" in narrow and ">588.42<" in narrow  # digits that tell ticks apart
+    one = Axis.around([5.0], 0, 100)
+    assert one.at(5.0) == 50 and len(one.ticks()) >= 2
+
+
 def test_figure_6_has_a_line_per_schedule_and_one_of_temperatures(tmp_path):
     rows = [
         row(system.label, 0, float(number), generation=dict(system.generation))
         for number, system in enumerate(TABLES["figure6"])
     ]
-    paths = figure_6(rows, "fd_panns", tmp_path)
+    out = tmp_path / "figure6/fd_panns"
+    paths = figure_6(rows, "fd_panns", out)
     assert [path.name for path in paths] == ["figure6_guidance.svg", "figure6_temperature.svg"]
     guidance = paths[0].read_text()
     assert guidance.count("<polyline") == 3 and guidance.count("<circle") == 3 * 6
     assert paths[1].read_text().count("<circle") == 6
+    two_seeds = [
+        row("temp0.6", seed, seed + 1.0, generation={"temperature": 0.6}) for seed in (0, 1)
+    ]
+    (drawn,) = figure_6([*two_seeds, {**row("x", 0, 0.0), "scores": {}}], "fd_panns", out)
+    assert drawn.read_text() == chart({"": [Point(0.6, 1.5)]}, "temperature", "fd_panns")
+    only = choose_rows("figure6", ["constant1", "annealed3"])
+    chosen = [row(s.label, 0, 1.0, generation=dict(s.generation)) for s in only]
+    (drawn,) = figure_6(chosen, "fd_panns", out)
+    assert drawn.read_text().count("<circle") == 2 and ">linear<" not in drawn.read_text()
 
 
 def test_the_papers_systems_ask_for_mars_weights(tmp_path):
@@ -107,6 +130,21 @@ def test_a_training_that_fails_says_where_to_look(tmp_path):
     with pytest.raises(RuntimeError, match=r"abl_e_small-seed0 ended with 2, see .*seed0.log"):
         train(job, System(label="E", preset="abl_e", what=""), 0, threads=1)
     assert "nowhere" in (tmp_path / "logs/abl_e_small-seed0.log").read_text()
+
+
+def test_recordings_are_refused_before_any_training(tmp_path):
+    for name, rate in (("a", 16_000), ("b", 44_100)):
+        write(tmp_path / f"{name}.wav", torch.rand(rate), rate)
+    rows = [{"audio": f"{name}.wav", "caption": name} for name in "ab"]
+    captions = tmp_path / "captions.jsonl"
+    captions.write_text("".join(json.dumps(values) + "\n" for values in rows))
+    job = Job(out=tmp_path / "out", data=tmp_path / "nowhere", captions=captions, small=True)
+    systems, judgement = choose_rows("table3", ["A"]), Judgement(reference=tmp_path, embedders=[])
+    with pytest.raises(ValueError, match=r"mixes sample rates: a\.wav has 16000 Hz, b\.wav 44100"):
+        reproduce("table3", systems, [0], job, judgement)
+    (tmp_path / "b.wav").unlink()
+    with pytest.raises(ValueError, match=r"lacks 1 of 2 ids: b"):
+        reproduce("table3", systems, [0], job, judgement)
 
 
 def judge(folder: Path) -> Path:

@@ -123,8 +123,8 @@ def _run(name: str, *, out: Path, data: Path, scale: str, **options: Any) -> Non
     click.echo(path.read_text())
     if name == "figure6":
         rows = [row for s in choose_rows(name) for row in read_rows(out / "rows" / name, s.label)]
-        for metric in rows[0]["scores"]:
-            for drawn in figure_6(rows, metric, out / metric):
+        for metric in dict.fromkeys(metric for row in rows for metric in row["scores"]):
+            for drawn in figure_6(rows, metric, out / name / metric):
                 click.echo(drawn)
 
 
