@@ -59,7 +59,7 @@ def load_laion(path: Path) -> Laion:
         import laion_clap  # an extra
     except ImportError as error:
         raise ImportError(
-            f"{path} needs laion-clap, which is not installed ({error}); type pip install "
+            f"{path} needs laion-clap with torchvision and torchaudio ({error}); type pip install "
             "mllm-audio[clap], or give a folder of a transformers ClapModel"
         ) from error
     module = laion_clap.CLAP_Module(
