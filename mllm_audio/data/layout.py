@@ -39,11 +39,11 @@ class Audio:
 
     latents: Tensor  # (N, D)
     kept: Tensor  # (K,) int64, increasing content positions that stay in the sequence
-    heard: Tensor | None = None  # (K, D), what stands at them; None: their latents
-    next_kept: bool = True  # each predicts the next kept one; false: the immediate next
-    own: bool = False  # all positions stay; those that are not kept predict their own latent
     learned: bool = True  # its latents are predicted; false for audio that a user sends
     announced: bool = False  # the model learns to open the span, after text that it says
+    heard: Tensor | None = None  # (K, D), what stands at the kept positions; None: their latents
+    next_kept: bool = True  # each predicts the next kept one; false: the immediate next
+    own: bool = False  # all positions stay; those that are not kept predict their own latent
 
 
 ChatRow = Sequence[Text | Audio]
