@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -370,6 +371,17 @@ def test_broken_folders_are_told(folders, mistake, message):
     with pytest.raises(ValueError, match=message):
         evaluate(*folders, [Ear()], options=QUIET)
     assert not (folders[2] / "scores.json").exists()
+
+
+def test_silent_sounds_may_be_measured_and_are_counted_but_no_silent_recordings(folders):
+    break_silent(*folders[:2])
+    options = replace(QUIET, allow_silent=True)
+    card = evaluate(*folders, [Ear()], options=options)
+    assert card.settings.num_silent == 5 and "num_silent: 5" in card.to_markdown()
+    assert evaluate(*folders, [Ear()], options=options).settings.num_silent == 5  # from the cache
+    wav.write(folders[1] / "clip07.wav", torch.full((4000,), 0.25), RATE)
+    with pytest.raises(ValueError, match=r"clip07.wav is silent"):
+        evaluate(*folders, [Ear()], options=options)
 
 
 def test_captions_that_clap_needs_are_told(folders):

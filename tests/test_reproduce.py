@@ -54,8 +54,8 @@ def test_rows_are_chosen_by_label():
 def row(label: str, seed: int, value: float, **more) -> dict:
     values = {
         "label": label, "seed": seed, "scores": {"fd_panns": {"value": value}}, "num_clips": 3,
-        "steps": 5, "generation_seed": 0, "tokenizer": "dct x", "conditioner": "words y",
-        "embedders": "panns", "commit": "c", "machine": "m",
+        "num_silent": 0, "steps": 5, "generation_seed": 0, "tokenizer": "dct x",
+        "conditioner": "words y", "embedders": "panns", "commit": "c", "machine": "m",
     }  # fmt: skip
     return {**values, **more}
 

@@ -86,6 +86,7 @@ def train_classifier(manifest: Path, out: Path, **options: Any) -> None:
     help="Give a metric no interval if it takes longer.",
 )
 @click.option("--device", default="cpu", show_default=True, help="Of the embedders: cpu or cuda.")
+@click.option("--allow-silent", is_flag=True, help="Measure silent sounds too; they are counted.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the resamples.")
 def evaluate(generated: Path, reference: Path, out: Path, **options: Any) -> None:
     """Measure the clips in GENERATED against recordings.
@@ -113,6 +114,7 @@ def evaluate(generated: Path, reference: Path, out: Path, **options: Any) -> Non
             num_resamples=options["bootstrap"],
             max_seconds=options["bootstrap_seconds"],
             seed=options["seed"],
+            allow_silent=options["allow_silent"],
         ),
     )
     click.echo(f"{card}\nsee {out / 'report.html'}")

@@ -151,17 +151,23 @@ def read_rows(path: Path, *columns: str) -> list[dict[str, Any]]:
     return rows
 
 
-def read_clip(path: Path) -> Clip:
+def read_clip(path: Path, *, allow_silent: bool = False) -> Clip:
     """Read the first channel of a file, its mean removed, at its own rate.
 
     Raises:
-        ValueError: if it cannot be read, holds NaN, or is silent.
+        ValueError: if it cannot be read, holds NaN, or is silent and must not be.
     """
     clip = wav.read_first_channel(path)
     waveform = (clip.waveform.double() - clip.waveform.double().mean()).float()
-    if waveform.abs().max() <= SILENCE:
-        raise ValueError(f"{path} is silent; generate it again")
-    return Clip(waveform, clip.sample_rate)
+    clip = Clip(waveform, clip.sample_rate)
+    if is_silent(clip) and not allow_silent:
+        raise ValueError(f"{path} is silent; generate it again, or type --allow-silent")
+    return clip
+
+
+def is_silent(clip: Clip) -> bool:
+    """Tell whether nothing is left to hear."""
+    return bool(clip.waveform.abs().max() <= SILENCE)
 
 
 def to_rate(clip: Clip, sample_rate: int) -> Tensor:

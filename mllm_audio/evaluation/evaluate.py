@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -13,7 +13,7 @@ import numpy as np
 from mllm_audio.config import nearest
 from mllm_audio.evaluation.base import CaptionEmbedder, Classifier, Embedder
 from mllm_audio.evaluation.bootstrap import Interval, bootstrap
-from mllm_audio.evaluation.clips import Folder, check_pairs, few
+from mllm_audio.evaluation.clips import Folder, check_pairs, few, is_silent, read_clip
 from mllm_audio.evaluation.features import extract, resampler
 from mllm_audio.evaluation.measures import (
     ACCURACY,
@@ -38,6 +38,7 @@ class Options:
     max_seconds: float = 120.0  # that the resamples of one metric may take
     seed: int = 0  # of the resamples
     progress: bool = True  # show bars
+    allow_silent: bool = False  # measure silent generated clips as they are, and count them
 
 
 def evaluate(
@@ -81,9 +82,10 @@ def evaluate(
     for embedder in embedders:
         wanted = {name: m for name, m in chosen.items() if m.embedder == embedder.name}
         if wanted:
+            heard = cache or out / "features"
             sides = [
-                _hear(embedder, folder, cache or out / "features", options)
-                for folder in (ours, theirs)
+                _hear(embedder, ours, heard, options),
+                _hear(embedder, theirs, heard, replace(options, allow_silent=False)),
             ]
             paired = list(ours.clips) == list(theirs.clips)
             scores += [
@@ -103,6 +105,9 @@ def evaluate(
             resampler=resampler(),
             num_resamples=options.num_resamples,
             seed=options.seed,
+            num_silent=sum(
+                is_silent(read_clip(path, allow_silent=True)) for path in ours.clips.values()
+            ),
             date=datetime.now(UTC).isoformat(timespec="seconds"),
             version=version("mllm-audio"),
         ),
@@ -184,7 +189,14 @@ def _check_needs(
 
 def _hear(embedder: Embedder, folder: Folder, cache: Path, options: Options) -> Side:
     """Embed a folder's clips, and what its rows say of every one of them."""
-    heard = extract(embedder, folder.clips, cache, options.batch_size, options.progress)
+    heard = extract(
+        embedder,
+        folder.clips,
+        cache,
+        options.batch_size,
+        options.progress,
+        options.allow_silent,
+    )
     rows = [folder.rows.get(name, {}) for name in folder.clips]
     captions: Array | None = None
     targets: Array | None = None

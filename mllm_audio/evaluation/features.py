@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save
 from tqdm import tqdm
 
 from mllm_audio.evaluation.base import ClipFeatures, Embedder
-from mllm_audio.evaluation.clips import MIN_SECONDS, few, read_clip, to_rate
+from mllm_audio.evaluation.clips import MIN_SECONDS, few, is_silent, read_clip, to_rate
 from mllm_audio.files import file_sha256, write_atomic
 
 FORMAT = 1  # raise it when clips are read or embedded in another way
@@ -29,6 +29,7 @@ def extract(
     cache: Path,
     batch_size: int = 16,
     progress: bool = True,
+    allow_silent: bool = False,
 ) -> list[ClipFeatures]:
     """Give the features of clips in order, from the cache where it has them.
 
@@ -40,15 +41,17 @@ def extract(
         cache: folder of features, may be shared by any embedders and folders of clips.
         batch_size: clips heard at once.
         progress: show a bar.
+        allow_silent: hear silent clips too.
 
     Raises:
-        ValueError: if clips are silent, broken or not finite, naming the first of them.
+        ValueError: if clips are silent and must not be, broken or not finite, naming the first.
     """
     folder = cache / _key(embedder)
     folder.mkdir(parents=True, exist_ok=True)
     files = {name: folder / f"{file_sha256(path)}.safetensors" for name, path in clips.items()}
     missing = [name for name, file in files.items() if not file.is_file()]
     problems: list[str] = []
+    silent: dict[str, ClipFeatures] = {}
     with tqdm(
         desc=f"{embedder.name} hears {next(iter(clips.values())).parent.name}",
         total=len(clips),
@@ -61,9 +64,13 @@ def extract(
             waveforms = {}
             for name in names:
                 try:
-                    waveforms[name] = to_rate(read_clip(clips[name]), embedder.sample_rate)
+                    clip = read_clip(clips[name], allow_silent=allow_silent)
+                    waveforms[name] = to_rate(clip, embedder.sample_rate)
                 except ValueError as error:
                     problems.append(str(error))
+                else:
+                    if is_silent(clip):  # not kept: elsewhere it may be an error
+                        silent[name] = embedder.embed([waveforms.pop(name)])[0]
             for name, heard in zip(waveforms, _embed(embedder, waveforms), strict=True):
                 if heard.features.isfinite().all():
                     write_atomic(files[name], _encode(heard))
@@ -77,7 +84,7 @@ def extract(
             f"{len(problems)} of {len(clips)} clips cannot be measured: {few(problems, '; ')}; "
             "or name the others with --ids"
         )
-    return [_load(files[name]) for name in clips]
+    return [silent[name] if name in silent else _load(files[name]) for name in clips]
 
 
 def _embed(embedder: Embedder, waveforms: dict[str, torch.Tensor]) -> list[ClipFeatures]:

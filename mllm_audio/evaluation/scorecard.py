@@ -62,6 +62,7 @@ class Settings:
     resampler: str
     num_resamples: int  # of the intervals
     seed: int  # of the intervals
+    num_silent: int  # generated clips in which nothing is to be heard; measured as they are
     date: str  # ISO 8601, UTC
     version: str  # of mllm-audio
 

@@ -80,6 +80,8 @@ def _notes(rows: Sequence[dict[str, Any]]) -> list[str]:
     ):
         found = list(dict.fromkeys(str(row[key]) for row in rows))
         notes.append(f"{name}: {'; '.join(found)}")
+    silent = [f"{r['label']} seed {r['seed']}: {r['num_silent']}" for r in rows if r["num_silent"]]
+    notes.append(f"silent sounds, measured as they are: {', '.join(silent) or 'none'}")
     return [*notes, NOT_COMPARABLE]
 
 

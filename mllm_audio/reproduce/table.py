@@ -93,7 +93,7 @@ def reproduce(
                 metrics=judgement.metrics,
                 ids=list(recordings),
                 cache=job.out / "features",
-                options=Options(num_resamples=judgement.num_resamples),
+                options=Options(num_resamples=judgement.num_resamples, allow_silent=True),
             )
             values = {"table": table, **_values(job, system, seed, run, card), "inputs": inputs}
             write_row(folder, system.label, seed, values)
@@ -175,6 +175,7 @@ def _values(job: Job, system: System, seed: int, run: Path, card: Scorecard) -> 
             }
             for score in card.scores
         },
+        "num_silent": card.settings.num_silent,
         "num_clips": max(score.num_generated for score in card.scores),
         "steps": _num_steps(run),
         "generation": dict(system.generation),
