@@ -612,14 +612,14 @@ def test_mistakes(run, models, captions, tmp_path):
     done, tango = tmp_path / "done", models / "tango2"
     assert run(*arguments("tango2", tango, captions, done))[0] == 0
     cases = [
-        ("tango2", tango, "same.jsonl", [], "same.jsonl:2: a second clip 'x'"),
+        ("tango2", tango, "same.jsonl", [], "same.jsonl:2: a second row named 'x'"),
         ("tango2", tango, "slash.jsonl", [], "id is 'a/b', expected what can name a file"),
         ("tango2", tango, "mute.jsonl", [], "mute.jsonl:1: caption is ' ', expected text"),
-        ("tango2", tango, "list.jsonl", [], "expected an object"),
+        ("tango2", tango, "list.jsonl", [], "expected a JSON object"),
         ("tango2", tango, "broken.jsonl", [], "broken.jsonl:1: broken JSON"),
-        ("tango2", tango, "empty.txt", [], "holds no captions"),
+        ("tango2", tango, "empty.txt", [], "empty.txt has no rows"),
         ("tango2", tango, "gone.txt", [], "gone.txt is not a file"),
-        ("tango2", tango, "done", [], "done is not a file"),
+        ("tango2", tango, "done", [], "expected .jsonl or .csv"),
         ("tango2", tmp_path / "gone", captions, [], "gone is not a folder"),
         ("tango2", models / "audiogen", captions, [], "audiogen has no folder scheduler"),
         ("tango2", tango, captions, ["--seconds", 11], "asked for 11 s, tango2 makes 0.128 s"),
