@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 import mllm_audio
 from mllm_audio.config import from_dict, read_json
 from mllm_audio.evaluation.perplexity import DRIFT_FILE, TextDrift
-from mllm_audio.folder import ADAPTER_FILE, is_adapter, read_audio_config
+from mllm_audio.folder import ADAPTER_FILE, PREFIX, is_adapter, read_audio_config
 from mllm_audio.modality import AudioConfig
 from mllm_audio.tokenizers import AudioLDMTokenizer, DCTTokenizer
 
@@ -155,7 +155,9 @@ def _model_facts(
     facts["trained"] = TRAINED.get(mode or "", mode)
     if (folder / "config.json").is_file():
         facts["backbone"] = read_json(folder / "config.json", "restore it").get("model_type")
-    count = f"{_num_parameters(folder):,}"
+    is_decoder = facts.get("backbone") != "audiomar"
+    silent_tables = bool(audio.prompt_streams) and is_decoder
+    count = f"{_num_parameters(folder, silent_tables=silent_tables):,}"
     facts["parameters"] = f"{count} beside the base model's" if is_adapter(folder) else count
     if audio.conditioner is not None:
         name, _, rest = audio.conditioner.partition(":")
@@ -166,14 +168,21 @@ def _model_facts(
     return facts
 
 
-def _num_parameters(folder: Path) -> int:
-    """Count the elements of all weights, from the headers of their files."""
+def _num_parameters(folder: Path, *, silent_tables: bool) -> int:
+    """Count the elements of all weights, from the headers of their files.
+
+    With `silent_tables` those of the backbone outside its blocks that are matrices are zeros, and
+    no parameters.
+    """
     total = 0
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, framework="pt") as file:
-                names = set(file.keys()) - STATISTICS
-                total += sum(math.prod(file.get_slice(name).get_shape()) for name in names)
+                for name in set(file.keys()) - STATISTICS:
+                    shape = file.get_slice(name).get_shape()
+                    in_block = any(part.isdigit() for part in name.split("."))
+                    is_table = len(shape) == 2 and not (in_block or name.startswith(PREFIX))
+                    total += 0 if silent_tables and is_table else math.prod(shape)
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged ({error}); restore it, or save again") from error
     return total

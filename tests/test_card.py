@@ -20,6 +20,7 @@ from huggingface_hub import ModelCard, constants
 import mllm_audio
 from mllm_audio.adapter import AdaptConfig
 from mllm_audio.backbone import build_backbone
+from mllm_audio.build import count_parameters
 from mllm_audio.card import AUDIO_TOKENIZERS, code_version, is_hub_id, model_card
 from mllm_audio.config import to_dict
 from mllm_audio.evaluation.perplexity import Perplexity, TextDrift
@@ -468,6 +469,7 @@ def test_a_model_of_prompts_names_its_encoders_and_claims_no_text_side(tmp_path)
     card = model_card(tmp_path / "run", "me/x")
     assert "| prompted by | `clap_t5`: clap `clap`, t5 `google/flan-t5-large` |" in card
     assert "/home" not in card and "text side" not in card
+    assert f"| parameters | {count_parameters(model)['total']:,} |" in card
     with pytest.raises(ValueError, match="is prompted by /home/me/clap, local folders that nobody"):
         checkpoint_files(tmp_path / "run")
     path = tmp_path / "run/config.json"
