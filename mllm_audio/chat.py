@@ -81,6 +81,7 @@ def run_chat(
         settings["temperature"] = temperature
     text_config = TextConfig(**settings)
     voice = Voice.load(run, base)
+    voice.check_has_text()
     config = voice.defaults
     if guidance_scale is not None:
         config = replace(config, guidance_scale=guidance_scale, guidance_weight=None)

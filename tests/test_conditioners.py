@@ -283,6 +283,15 @@ def test_the_checkpoint_is_the_backbones_own_with_silent_tables(trained):
     assert "audio.start" in tensors and not model.backbone.transformer.wte.weight.requires_grad
 
 
+def test_a_model_without_text_does_not_chat(trained, tmp_path, capsys):
+    with pytest.raises(ValueError, match="has no text and makes sounds of captions alone"):
+        Voice.load(trained).reply([{"role": "user", "content": "hello"}])
+    sys.argv = ["mllm-audio", "chat", str(trained), "--out", str(tmp_path)]
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2 and "type mllm-audio generate RUN" in capsys.readouterr().err
+
+
 def test_clap_alone_takes_its_stream_of_data_with_both(data, tmp_path):
     run("train", "--preset", "prompt_clap", "--data", data, "--out", tmp_path / "run", *SMALL)
     model = AudioLanguageModel.from_pretrained(tmp_path / "run")

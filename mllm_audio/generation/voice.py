@@ -83,17 +83,17 @@ class Voice:
 
     @property
     def decoder(self) -> AudioLanguageModel:
-        """Give the model where only a causal one will do.
-
-        Raises:
-            ValueError: if it is an AudioMAR.
-        """
-        if isinstance(self.model, AudioMAR):
-            raise ValueError(
-                "found an AudioMAR, which only makes sounds of captions; expected a causal model, "
-                "e.g. of --preset audiomntp_base"
-            )
+        """Give the model where it is known to be causal."""
+        assert isinstance(self.model, AudioLanguageModel)
         return self.model
+
+    def check_has_text(self) -> None:
+        """Raise ValueError for a model that is prompted by embeddings alone: it cannot converse."""
+        if self.model.audio.config.prompt_streams:
+            raise ValueError(
+                "the model has no text and makes sounds of captions alone; type  mllm-audio "
+                'generate RUN "CAPTION", or give a language model a voice with add-voice'
+            )
 
     @cached_property
     def conditioner(self) -> Conditioner:
@@ -228,6 +228,7 @@ class Voice:
             ValueError: at once, if the messages cannot be written or heard, or leave no room for a
                 reply.
         """
+        self.check_has_text()
         config = config or self.defaults
         parsed = _parsed(messages)
         pieces = render(
