@@ -164,15 +164,15 @@ def test_captions_are_generated_from_the_prompt_they_were_trained_behind(base, p
     clips = load_split(prepared, "train")
     row = ClipConversations(clips[:1], voice.text_tokenizer, 128).row(0, torch.Generator())
     trained = torch.cat([part.input_ids for part in row[:-1] if hasattr(part, "input_ids")])
-    assert torch.equal(voice._prompt(clips[0].captions[0], voice.defaults), trained)
+    assert torch.equal(voice.prompts(clips[0].captions[:1], voice.defaults)[0], trained)
     bare = replace(voice.defaults, as_request=False)
-    assert not torch.equal(voice._prompt(clips[0].captions[0], bare), trained)
+    assert not torch.equal(voice.prompts(clips[0].captions[:1], bare)[0], trained)
 
 
 def test_a_prompt_holds_what_a_template_writes_before_the_reply(base, prepared, tmp_path):
     """Qwen3's template puts an empty thought before the last answer, in training and so here."""
     from mllm_audio.data.sources import ClipConversations
-    from mllm_audio.generation.interleaved import _end_ids
+    from mllm_audio.generation.interleaved import end_ids
 
     train_added_voice(config(base("gpt2"), num_steps=1), prepared, tmp_path)
     voice = Voice.load(tmp_path)
@@ -186,11 +186,11 @@ def test_a_prompt_holds_what_a_template_writes_before_the_reply(base, prepared, 
     clips = load_split(prepared, "train")
     row = ClipConversations(clips[:1], voice.text_tokenizer, 128).row(0, torch.Generator())
     trained = torch.cat([part.input_ids for part in row[:-2]])
-    prompt = voice._prompt(clips[0].captions[0], voice.defaults)
+    prompt = voice.prompts(clips[0].captions[:1], voice.defaults)[0]
     assert torch.equal(prompt, trained)
     assert "thought: none" in voice.text_tokenizer.decode(prompt)
     stop = voice.text_tokenizer.convert_tokens_to_ids("<|stop|>")
-    assert stop in _end_ids(voice.model, voice.text_tokenizer)  # what training taught it to end by
+    assert stop in end_ids(None, voice.text_tokenizer)  # what training taught it to end by
 
 
 def test_another_base_in_the_same_place_is_another_run(base, conversations, tmp_path):

@@ -141,11 +141,14 @@ def test_rows_that_end_early_are_marked_inactive(make_model, text_tokenizer, spe
 
 def test_durations_round_up_to_columns_and_too_long_is_refused(make_model):
     model = make_model()
-    assert token_limits(model, replace(CONFIG, seconds=0.17)) == (8, 8)
-    assert token_limits(model, replace(CONFIG, seconds=0.64)) == (16, 16)
-    assert token_limits(model, replace(CONFIG, seconds=None, min_seconds=0.0)) == (4, 16)
+    assert token_limits(model.audio.config, replace(CONFIG, seconds=0.17)) == (8, 8)
+    assert token_limits(model.audio.config, replace(CONFIG, seconds=0.64)) == (16, 16)
+    assert token_limits(model.audio.config, replace(CONFIG, seconds=None, min_seconds=0.0)) == (
+        4,
+        16,
+    )
     with pytest.raises(ValueError, match=r"asked for 0.7 s, this model makes at most 0.64 s"):
-        token_limits(model, replace(CONFIG, seconds=0.7))
+        token_limits(model.audio.config, replace(CONFIG, seconds=0.7))
 
 
 def test_a_caption_longer_than_the_model_has_room_for_is_refused(

@@ -157,6 +157,20 @@ def test_half_precision_weights_give_float32_latents_close_to_the_full_ones(name
     assert loss.dtype == torch.float32 and loss.isfinite().all()
 
 
+@pytest.mark.parametrize("name", HEADS)
+def test_each_row_may_have_a_guidance_scale_of_its_own(name):
+    head, noise = small(name), noise_for(3)
+    condition, other = torch.randn(3, 6), torch.randn(3, 6)
+    scales = torch.tensor([[1.0], [2.5], [4.0]])
+    config = SamplingConfig(num_inference_steps=4, guidance_scale=scales)
+    together = head.sample(condition, other, config, noise)
+    for row, scale in enumerate(scales[:, 0].tolist()):
+        one = Noise(noise.seeds[row : row + 1], noise.position[row : row + 1], noise.dim)
+        config = SamplingConfig(num_inference_steps=4, guidance_scale=scale)
+        alone = head.sample(condition[row : row + 1], other[row : row + 1], config, one)
+        assert torch.allclose(together[row], alone[0], rtol=1e-5, atol=1e-5)
+
+
 # ---- messages
 
 

@@ -18,8 +18,8 @@ Predict = Callable[[Tensor, Tensor], Tensor]
 Draw = Callable[[int], Tensor]
 
 
-def guided(conditional: Tensor, unconditional: Tensor, guidance_scale: float) -> Tensor:
-    """Push a prediction away from the unconditional one; shapes are kept.
+def guided(conditional: Tensor, unconditional: Tensor, guidance_scale: float | Tensor) -> Tensor:
+    """Push (R, D) predictions away from unconditional ones, alike or by an (R, 1) of each row.
 
     MAR's convention (Li et al. 2024, arXiv:2406.11838): 1 is no guidance, 0 is unconditional.
     Papers that write `conditional + w * (conditional - unconditional)` mean w = scale - 1.

@@ -15,8 +15,8 @@ from mllm_audio.data.layout import Prompt, stacked
 from mllm_audio.diffusion.noise import Noise
 from mllm_audio.generation.rows import Rows, text_batch
 from mllm_audio.heads.base import SamplingConfig
+from mllm_audio.modality import AudioConfig
 from mllm_audio.model import AudioLanguageModel
-from mllm_audio.models import Model
 from mllm_audio.text import SpecialIds
 from mllm_audio.types import Batch
 
@@ -94,13 +94,12 @@ class DecodeStep:
     active: Tensor  # (R,) bool, false for rows whose clip has ended
 
 
-def token_limits(model: Model, config: GenerationConfig) -> tuple[int, int]:
+def token_limits(audio: AudioConfig, config: GenerationConfig) -> tuple[int, int]:
     """Turn the duration settings into (fewest, most) latents, whole columns.
 
     Raises:
         ValueError: if the model cannot make a clip that long.
     """
-    audio = model.audio.config
 
     def tokens(seconds: float) -> int:
         columns = max(1, math.ceil(seconds / audio.column_seconds - 1e-6))
@@ -158,7 +157,7 @@ def decode(
     Yields:
         A `DecodeStep` per latent, until every row has ended.
     """
-    _, longest = token_limits(model, config)
+    _, longest = token_limits(model.audio.config, config)
     check_prompts(model, prompts, longest)
     guided = config.is_guided(longest)
     batch, mask = _prompt_batch(prompts, special, guided, model.audio.config.latent_dim)
@@ -184,7 +183,7 @@ def audio_span(
         A `DecodeStep` per latent, until every row has ended.
     """
     audio = rows.model.audio
-    fewest, _ = token_limits(rows.model, config)
+    fewest, _ = token_limits(audio.config, config)
     row_seeds = torch.tensor(seeds, dtype=torch.long, device=rows.hidden.device)  # (R,)
     active = torch.ones(len(seeds), dtype=torch.bool, device=rows.hidden.device)
     for index in range(first, longest):

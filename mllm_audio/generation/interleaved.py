@@ -13,7 +13,8 @@ from mllm_audio.data.dataset import seeded
 from mllm_audio.data.layout import Audio, ChatRow, Text, collate
 from mllm_audio.data.messages import AudioPart, TextPart
 from mllm_audio.data.template import end_of_reply
-from mllm_audio.generation.decode import GenerationConfig, audio_span, token_limits
+from mllm_audio.generation.decode import GenerationConfig, audio_span
+from mllm_audio.generation.room import Room
 from mllm_audio.generation.rows import Rows
 from mllm_audio.generation.text import TextConfig, TextSampler, TextStream
 from mllm_audio.model import AudioLanguageModel
@@ -89,37 +90,17 @@ class Reply:
     def __post_init__(self) -> None:
         """Measure the row, and check that the shortest reply has room behind it."""
         self.special = SpecialIds.of(self.text_tokenizer)
-        self.end_ids = _end_ids(self.model, self.text_tokenizer)
-        self.fewest, self.longest = token_limits(self.model, self.config)
-        self.column = self.model.audio.config.tokens_per_column
-        self.limit: int = self.model.backbone.config.max_position_embeddings
-        sizes = [len(p.input_ids) if isinstance(p, Text) else len(p.latents) + 2 for p in self.row]
-        self.length = sum(sizes) - int(self.open_span)  # positions; an open span has no end yet
+        settings = getattr(self.model.backbone.generation_config, "eos_token_id", None)
+        self.end_ids = end_ids(settings, self.text_tokenizer)
+        limit: int = self.model.backbone.config.max_position_embeddings
+        self.room = Room(self.model.audio.config, self.config, limit)
+        self.length = num_positions(self.row) - int(self.open_span)  # an open span has no end yet
         self.given = torch.zeros(0, self.model.audio.config.latent_dim)  # (N, D)
         if self.open_span:
             assert isinstance(self.row[-1], Audio)
             self.given = self.row[-1].latents
         self.num_ids, self.num_spans = 0, 0  # said so far
-        self._check_room()
-
-    def _check_room(self) -> None:
-        """Refuse a conversation that is too long to reply to, or a recording to go on with."""
-        seconds = self.model.audio.config.column_seconds / self.column  # of a latent
-        if self.open_span and len(self.given) >= self.longest:
-            raise ValueError(
-                f"the recording to continue lasts {len(self.given) * seconds:g} s, the whole may "
-                f"last {self.longest * seconds:g} s; shorten it, or allow more: this model makes "
-                f"at most {self.model.audio.config.max_seconds:g} s (audio.max_tokens)"
-            )
-        needed = 1
-        if self.open_span:
-            needed = max(self.fewest - len(self.given), self.column) + 1  # and the end
-        if self.length + needed > self.limit:
-            raise ValueError(
-                f"the conversation takes {self.length} positions, a reply at least {needed}, and "
-                f"the model has max_position_embeddings={self.limit}; shorten the text or the "
-                "audio, or begin a new conversation"
-            )
+        self.room.check(self.length, len(self.given) if self.open_span else None)
 
     @torch.inference_mode()
     def events(self) -> Iterator[TextDelta | Span]:
@@ -138,7 +119,7 @@ class Reply:
 
     def _begin(self) -> Rows:
         """Feed the conversation, laid out as in training."""
-        row, copies = list(self.row), 1 + int(self.config.is_guided(self.longest))
+        row, copies = list(self.row), 1 + int(self.config.is_guided(self.room.lengths[1]))
         if self.open_span:
             # One latent more, cut off again below: so the last one predicts what follows it.
             latents = torch.cat([self.given, self.given[:1]])
@@ -179,24 +160,19 @@ class Reply:
     def _next_id(self, rows: Rows, sampler: TextSampler) -> int | None:
         """Choose the next id; None where the reply ends."""
         position = int(rows.positions[0]) + 1
-        if self.num_ids == self.text.max_new_tokens or position >= self.limit:
+        if self.num_ids == self.text.max_new_tokens or position >= self.room.limit:
             return None
         forbidden = [self.special.audio, self.special.audio_end, self.special.cond]
         opened = self.num_spans - int(self.open_span)
-        if opened == self.text.max_audio_spans or self._most(position) < self.fewest:
+        if opened == self.text.max_audio_spans or not self.room.opens(position):
             forbidden.append(self.special.audio_start)
         token = sampler.choose(self.model.text_logits(rows.states[0]), forbidden)
         self.num_ids += 1
         return None if token in self.end_ids else token
 
-    def _most(self, start: int) -> int:
-        """Count the latents for which there is room in a span that starts at a position."""
-        room = self.limit - start - 2  # beside both markers
-        return min(self.longest, room // self.column * self.column)
-
     def _span(self, rows: Rows, given: Tensor) -> Iterator[Span]:
         """Go on with a span of which (N, D) latents are fed, and close it."""
-        longest = self._most(int(rows.positions[0]) - len(given))
+        longest = self.room.most(int(rows.positions[0]) - len(given))
         seed = span_seed(self.seed, self.num_spans)
         steps = audio_span(rows, [seed], self.config, longest, first=len(given))
         latents = torch.cat([given, *[step.latents.cpu() for step in steps]])
@@ -206,9 +182,13 @@ class Reply:
         self.num_spans += 1
 
 
-def _end_ids(model: AudioLanguageModel, text_tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Collect the ids that end a reply: of the chat template, the backbone and the tokenizer."""
-    settings = getattr(model.backbone.generation_config, "eos_token_id", None)
-    listed = settings if isinstance(settings, list) else [settings]
+def num_positions(row: ChatRow) -> int:
+    """Count the positions of a conversation, both markers of each span among them."""
+    return sum(len(p.input_ids) if isinstance(p, Text) else len(p.latents) + 2 for p in row)
+
+
+def end_ids(eos: int | list[int] | None, text_tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Collect the ids that end a reply: `eos`, the model's, and those of tokenizer and template."""
+    listed = eos if isinstance(eos, list) else [eos]
     ends = [*listed, text_tokenizer.eos_token_id, end_of_reply(text_tokenizer)]
     return {token for token in ends if token is not None}

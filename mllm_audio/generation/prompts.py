@@ -1,13 +1,18 @@
-"""Captions to prompts by the conditioner that a model was trained with."""
+"""Captions to prompts: text ids, or what the conditioner of the model makes of them."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from mllm_audio.conditioners import Conditioner, PromptStream, load_conditioner, pad
-from mllm_audio.data.layout import Prompt
+from mllm_audio.data.dataset import prompt_ids
+from mllm_audio.data.layout import Prompt, Text
+from mllm_audio.data.messages import AudioPart, Message, TextPart, render
 from mllm_audio.modality import AudioConfig
 
 
@@ -53,3 +58,22 @@ def embed(
     places = [names.index(stream.name) for stream in streams]
     embedded = conditioner.embed(captions)
     return [Prompt(pad([row[place] for place in places], streams)) for row in embedded]
+
+
+def caption_ids(
+    text_tokenizer: PreTrainedTokenizerBase, caption: str, *, as_request: bool = False
+) -> Tensor:
+    """Tokenize a caption, (L,), as it is, or as a request that sound answers.
+
+    Raises:
+        ValueError: if it is empty.
+    """
+    if not as_request:
+        return prompt_ids(text_tokenizer, caption)
+    if not caption.strip():
+        raise ValueError("found an empty caption, expected a description of the sound to make")
+    # As in training, the answer there: templates may write something between prompt and reply.
+    request, answer = Message("user", (TextPart(caption),)), AudioPart(None)
+    pieces = render([request, Message("assistant", (answer,))], text_tokenizer)
+    before = itertools.takewhile(lambda piece: isinstance(piece, Text), pieces)
+    return torch.cat([piece.input_ids for piece in before if isinstance(piece, Text)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,13 +16,12 @@ from transformers import PreTrainedTokenizerBase
 from mllm_audio.audiomar import AudioMAR, decode_order
 from mllm_audio.conditioners import Conditioner
 from mllm_audio.config import from_dict, read_json, to_dict
-from mllm_audio.data.dataset import prompt_ids
-from mllm_audio.data.layout import Audio, Prompt, Text, stacked
+from mllm_audio.data.layout import Audio, Prompt, stacked
 from mllm_audio.data.messages import AudioPart, Message, TextPart, parse_messages, render, to_row
 from mllm_audio.generation.decode import GenerationConfig, decode, token_limits
 from mllm_audio.generation.hear import hear
 from mllm_audio.generation.interleaved import Reply, Span, join
-from mllm_audio.generation.prompts import embed, load_checked
+from mllm_audio.generation.prompts import caption_ids, embed, load_checked
 from mllm_audio.generation.text import TextConfig
 from mllm_audio.model import AudioLanguageModel, default_device
 from mllm_audio.models import Model, load_model
@@ -157,7 +155,7 @@ class Voice:
         """Generate the latents of one batch of captions, each (N, D)."""
         prompts = self.prompts(captions, config)
         if isinstance(self.model, AudioMAR):
-            _, longest = token_limits(self.model, config)
+            _, longest = token_limits(self.model.audio.config, config)
             streams = stacked([prompt for prompt in prompts if isinstance(prompt, Prompt)])
             done = on_step and (lambda size: on_step(size * len(captions)))
             return list(decode_order(self.model, streams, seeds, config, longest, done))
@@ -177,20 +175,10 @@ class Voice:
         """Make prompts of captions: embedded, or text ids, each (L,)."""
         streams = self.model.audio.config.prompt_streams
         if not streams:
-            return [self._prompt(caption, config) for caption in captions]
+            return [
+                caption_ids(self.text_tokenizer, c, as_request=config.as_request) for c in captions
+            ]
         return embed(self.conditioner, captions, streams)
-
-    def _prompt(self, caption: str, config: GenerationConfig) -> Tensor:
-        """Tokenize a caption, (L,), as it is or as a request that sound answers."""
-        if not config.as_request:
-            return prompt_ids(self.text_tokenizer, caption)
-        if not caption.strip():
-            raise ValueError("found an empty caption, expected a description of the sound to make")
-        # As in training, the answer there: templates may write something between prompt and reply.
-        request, answer = Message("user", (TextPart(caption),)), AudioPart(None)
-        pieces = render([request, Message("assistant", (answer,))], self.text_tokenizer)
-        before = itertools.takewhile(lambda piece: isinstance(piece, Text), pieces)
-        return torch.cat([piece.input_ids for piece in before if isinstance(piece, Text)])
 
     def to_clip(self, latents: Tensor, config: GenerationConfig) -> Clip:
         """Decode (N, D) latents to sound, cut to the duration asked for."""

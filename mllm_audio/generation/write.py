@@ -48,7 +48,7 @@ def generate_to_files(
     batch_size: int = 32,
 ) -> None:
     """Generate a clip per caption and write each to its path."""
-    _, longest = token_limits(voice.model, config)
+    _, longest = token_limits(voice.model.audio.config, config)
     total = len(captions) * longest
     with tqdm(total=total, desc="generating", unit="latent", dynamic_ncols=True) as bar:
         clips = voice.generate(

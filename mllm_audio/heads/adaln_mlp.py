@@ -122,17 +122,21 @@ class AdaLNMLP(nn.Module):
 
 
 def predict_under(
-    network: AdaLNMLP, condition: Tensor, unconditional: Tensor | None, guidance_scale: float
+    network: AdaLNMLP,
+    condition: Tensor,
+    unconditional: Tensor | None,
+    guidance_scale: float | Tensor,
 ) -> Predict:
     """Close `network` over (R, Z) conditions, as samplers want it.
 
     With guidance both branches go through one batch. Only the first D channels are guided; a
-    variance behind them is the conditional branch's. Scale 1 never runs the second branch.
+    variance behind them is the conditional branch's. Scale 1 never runs the second branch;
+    an (R, 1) scale for each row always does.
 
     Raises:
         ValueError: if `guidance_scale` asks for a branch that is not given.
     """
-    if guidance_scale == 1:
+    if not isinstance(guidance_scale, Tensor) and guidance_scale == 1:
         condition_embedding = network.embed_condition(condition)  # (R, W)
         return lambda noisy, timesteps: network(noisy, timesteps, condition_embedding)
     if unconditional is None:

@@ -47,7 +47,8 @@ class SamplingConfig:
 
     sampler: str | None = None  # key in SAMPLERS; None takes the head's own default
     num_inference_steps: int = 100  # head calls per latent (midpoint: two calls a step)
-    guidance_scale: float = 1.0  # MAR's s: uncond + s * (cond - uncond); 1 is no guidance
+    # MAR's s: uncond + s * (cond - uncond); 1 is no guidance. (R, 1): one for each row
+    guidance_scale: float | Tensor = 1.0
     temperature: float = 1.0  # scales the standard deviation of the noise
 
     def __post_init__(self) -> None:
