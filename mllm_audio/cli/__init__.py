@@ -23,6 +23,7 @@ from mllm_audio.cli import (  # noqa: F401  registers their commands
     peer,
     plan,
     reproduce,
+    serve,
     train,
     use,
 )

@@ -1,0 +1,1 @@
+"""Start the server on vLLM, and load it: no module here imports vLLM, none torch when imported."""
