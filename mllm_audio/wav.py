@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soundfile
@@ -15,6 +17,8 @@ from mllm_audio.types import Clip
 
 SUBTYPES = {".wav": "PCM_16", ".flac": "PCM_16"}  # what `write` makes of each suffix
 LEVEL = 0.5  # peak after `normalize_level`
+RATES = (1_000, 192_000)  # Hz that `read_bytes` takes
+MAX_CHANNELS = 2  # that `read_bytes` takes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +62,49 @@ def read(path: str | Path, sample_rate: int) -> Clip:
     return Clip(resample(waveform, file_rate, sample_rate), sample_rate)
 
 
+def read_bytes(data: bytes, file_format: str, sample_rate: int, max_seconds: float) -> Clip:
+    """Read a sound file of a stranger, held in memory, as `read` does.
+
+    What it would take to decode it is bounded before it is: a small FLAC file can hold hours.
+
+    Args:
+        data: the file.
+        file_format: that it must be in, wav or flac.
+        sample_rate: of the clip, Hz.
+        max_seconds: that it may last.
+
+    Raises:
+        ValueError: if it is not such a file, or too long, or has other channels or rates than
+            `MAX_CHANNELS` and `RATES`, or as `read`.
+    """
+    try:
+        with soundfile.SoundFile(io.BytesIO(data)) as file:
+            _check_header(file, file_format, max_seconds)
+            samples = file.read(file.frames, dtype="float32", always_2d=True)
+    except soundfile.SoundFileError as error:
+        raise ValueError(_unreadable(f"the {file_format} data", error)) from error
+    _check_samples("the sound", samples)
+    waveform = torch.from_numpy(samples.mean(axis=1))  # (S,)
+    return Clip(resample(waveform, file.samplerate, sample_rate), sample_rate)
+
+
+def _check_header(file: soundfile.SoundFile, file_format: str, max_seconds: float) -> None:
+    """Refuse an open file that is of another format, or too much to decode."""
+    if file.format not in {"wav": ("WAV", "WAVEX"), "flac": ("FLAC",)}[file_format]:
+        raise ValueError(f"found {file.format} data, expected {file_format}; name its format")
+    low, high = RATES
+    if not low <= file.samplerate <= high or file.channels > MAX_CHANNELS:
+        raise ValueError(
+            f"found {file.channels} channels at {file.samplerate} Hz, expected at most "
+            f"{MAX_CHANNELS} at {low} to {high} Hz; convert it"
+        )
+    if file.frames > max_seconds * file.samplerate:
+        raise ValueError(
+            f"the sound lasts {file.frames / file.samplerate:.2f} s, expected at most "
+            f"{max_seconds:g} s; cut it"
+        )
+
+
 def read_first_channel(path: str | Path) -> Clip:
     """Read the first channel of a sound file as float32 at the file's own rate.
 
@@ -75,11 +122,16 @@ def _read_samples(path: str | Path) -> tuple[np.ndarray, int]:
         samples, file_rate = soundfile.read(str(path), dtype="float32", always_2d=True)
     except soundfile.SoundFileError as error:
         raise ValueError(_unreadable(path, error)) from error
-    if len(samples) == 0:
-        raise ValueError(f"{path} holds no samples; remove it or record it again")
-    if not np.isfinite(samples).all():
-        raise ValueError(f"{path} holds NaN or infinite samples; export it again")
+    _check_samples(path, samples)
     return samples, file_rate
+
+
+def _check_samples(name: str | Path, samples: np.ndarray) -> None:
+    """Refuse a file without samples, or with some that are no numbers."""
+    if len(samples) == 0:
+        raise ValueError(f"{name} holds no samples; remove it or record it again")
+    if not np.isfinite(samples).all():
+        raise ValueError(f"{name} holds NaN or infinite samples; export it again")
 
 
 def write(path: str | Path, waveform: Tensor, sample_rate: int) -> None:
@@ -101,6 +153,57 @@ def write(path: str | Path, waveform: Tensor, sample_rate: int) -> None:
     if samples.numel():
         samples = samples / samples.abs().max().clamp_min(1.0)
     soundfile.write(str(path), samples.numpy(), sample_rate, subtype=SUBTYPES[suffix])
+
+
+class FlacStream:
+    """Encode a waveform as 16 bit FLAC while it comes.
+
+    What was returned is never changed, so the header keeps saying that length and checksum are
+    unknown, which the format allows.
+    """
+
+    def __init__(self, sample_rate: int) -> None:
+        self.sink = _Sink()
+        self.file = soundfile.SoundFile(
+            self.sink, "w", sample_rate, channels=1, subtype="PCM_16", format="FLAC"
+        )
+
+    def push(self, samples: np.ndarray) -> bytes:
+        """Take the next (S,) int16 samples; return the frames that are complete."""
+        self.file.write(samples)
+        return self.sink.take()
+
+    def finish(self) -> bytes:
+        """Return the rest."""
+        self.file.close()
+        return self.sink.take()
+
+
+class _Sink(io.RawIOBase):
+    """A file that keeps what is written behind its end, and drops what is written before it."""
+
+    def __init__(self) -> None:
+        self.position, self.size, self.new = 0, 0, bytearray()
+
+    def write(self, data: Any) -> int:
+        if self.position == self.size:
+            self.new += data
+            self.size += len(data)
+        self.position += len(data)
+        return len(data)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.size}[whence]
+        self.position = base + offset
+        return self.position
+
+    def tell(self) -> int:
+        return self.position
+
+    def take(self) -> bytes:
+        """Return what is new."""
+        new, self.new = bytes(self.new), bytearray()
+        return new
 
 
 def resample(waveform: Tensor, from_rate: int, to_rate: int) -> Tensor:
