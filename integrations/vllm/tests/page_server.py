@@ -225,6 +225,7 @@ class _Handler(BaseHTTPRequestHandler):
                 raise ConnectionResetError
 
     def _cut(self) -> None:
+        time.sleep(0.3)  # a browser drops what it has not read when a connection breaks
         self.close_connection = True
         self.connection.shutdown(socket.SHUT_RDWR)
 
@@ -250,7 +251,9 @@ class _Handler(BaseHTTPRequestHandler):
                 continue
             if isinstance(step, Fail):
                 self._event({"error": {"message": step.message, "code": 500}})
-            if isinstance(step, Fail | Cut):
+                self._write(b"")
+                return
+            if isinstance(step, Cut):
                 self._cut()
                 return
             index += not (isinstance(before, Text) and isinstance(step, Text))

@@ -2,6 +2,7 @@
 
 import { Composer } from "./composer.js";
 import { $, announce } from "./dom.js";
+import { drawKey } from "./plot.js";
 import { Player } from "./player.js";
 import { apiKey, chosen, connect, fillIn, firstInvalid, open } from "./settings.js";
 import { toBytes } from "./sound.js";
@@ -64,11 +65,18 @@ function newConversation() {
   $("prompt").focus();
 }
 
+/** Do what makes the page longer; who was at its end stays there. */
+function staying(action) {
+  const { scrollHeight } = document.documentElement;
+  const atEnd = innerHeight + scrollY >= scrollHeight - 80;
+  action();
+  const grown = document.documentElement.scrollHeight;
+  if (atEnd && grown > scrollHeight) scrollTo(0, grown);
+}
+
 function tick() {
   player.pump();
-  const atEnd = innerHeight + scrollY >= document.documentElement.scrollHeight - 80;
-  for (const turn of turns) turn.render();
-  if (running && atEnd) scrollTo(0, document.documentElement.scrollHeight);
+  staying(() => { for (const turn of turns) turn.render(); });
   ticking = running !== null || player.active;
   if (ticking) requestAnimationFrame(tick);
 }
@@ -115,11 +123,11 @@ async function run(turn, choice) {
   const gaps = $("live").checked ? player.gaps : null;
   try {
     await (turn.asked.caption ? speak : chat)(turn, choice, abort.signal);
-    turn.end("done", "", gaps);
+    staying(() => turn.end("done", "", gaps));
   } catch (error) {
     if (error.name === "AbortError") {
       player.pause();
-      turn.end("stopped", stoppedLine(turn), gaps);
+      staying(() => turn.end("stopped", stoppedLine(turn), gaps));
     } else fail(turn, error, gaps);
   } finally {
     if (running === abort) running = null;
@@ -135,7 +143,7 @@ function stoppedLine(turn) {
 
 function fail(turn, error, gaps) {
   const came = turn.text || turn.sounds.length;
-  turn.end("failed", failureLine(error), gaps);
+  staying(() => turn.end("failed", failureLine(error), gaps));
   if (!(error instanceof ServerError)) console.error(error);
   if (came || $("prompt").value) return;
   $("prompt").value = turn.asked.prompt; // nothing is lost: it can be sent again
@@ -191,13 +199,14 @@ function contentOf({ prompt, sounds }) {
 
 function take(turn, delta) {
   for (const part of delta.content_parts ?? []) {
-    if (part.type === "text") turn.addText(part.index, part.text);
+    if (part.type === "text") staying(() => turn.addText(part.index, part.text));
     else hear(turn, part.index, delta.audio?.data ? toBytes(delta.audio.data) : null, part.last);
   }
 }
 
 function hear(turn, index, bytes, last) {
-  const { sound, isNew } = turn.addSamples(index, bytes, last);
+  let sound, isNew;
+  staying(() => { ({ sound, isNew } = turn.addSamples(index, bytes, last)); });
   if (isNew && $("live").checked) player.follow(sound);
   else player.pump();
 }
@@ -216,6 +225,7 @@ function pressed(event) {
 }
 
 connect(loadModel);
+drawKey($("colours"));
 $("composer").addEventListener("submit", (event) => { event.preventDefault(); send(); });
 $("prompt").addEventListener("keydown", pressed);
 $("prompt").addEventListener("input", grow);

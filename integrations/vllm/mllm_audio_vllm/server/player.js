@@ -62,9 +62,17 @@ export class Player {
     return this.#queue.length > 0 || this.#pieces.length > 0;
   }
 
-  /** Tell whether a sound plays, or waits for its turn or for samples. */
+  /** Tell whether a sound plays, or is the next to and waits for samples. */
   plays(sound) {
-    return this.#queue.includes(sound) || this.#pieces.some((piece) => piece.sound === sound);
+    const now = this.#now();
+    const current = this.#pieces.find((piece) => piece.until > now)?.sound ?? this.#queue[0];
+    return current === sound;
+  }
+
+  /** Tell whether a sound will play after another one. */
+  awaits(sound) {
+    const listed = this.#queue.includes(sound) || this.#pieces.some((piece) => piece.sound === sound);
+    return listed && !this.plays(sound);
   }
 
   /** Tell whether a sound has to wait for samples that have not come. */

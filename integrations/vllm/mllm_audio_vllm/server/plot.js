@@ -164,10 +164,10 @@ export class SoundView {
     context.fillStyle = getComputedStyle(this.waveform).color;
     context.fillRect(0, height / 2 - 0.5, width, 1);
     context.beginPath();
-    context.moveTo(0, height / 2);
-    this.highs.forEach((high, i) => context.lineTo((i + 0.5) * step, height / 2 - high * scale - 0.5));
-    for (let i = this.lows.length - 1; i >= 0; i--)
-      context.lineTo((i + 0.5) * step, height / 2 - this.lows[i] * scale + 0.5);
+    this.highs.forEach((high, i) => {
+      const span = (high - this.lows[i]) * scale + 1;
+      context.rect(i * step, height / 2 - high * scale - 0.5, Math.max(step, 1), span);
+    });
     context.fill();
   }
 
@@ -188,8 +188,8 @@ export class SoundView {
     }));
     const peak = 20 * Math.log10(this.sound.peak / 32768);
     this.level.textContent = this.sound.peak ? `peak ${peak.toFixed(1)} dBFS`.replace("-", "\u2212") : "";
-    this.level.title = "The largest sample, in decibels below full scale. The waveform is scaled to it; "
-      + "the spectrogram is not: its colours span 80 dB below full scale.";
+    this.level.title = "The largest sample, in decibels below full scale. The waveform is scaled to it, "
+      + "the spectrogram is not.";
     this.download.disabled = !this.sound.complete;
   }
 
@@ -204,14 +204,27 @@ export class SoundView {
     this.word.textContent = plays ? "Pause" : "Play";
     this.button.setAttribute("aria-label", `${this.word.textContent} ${this.name}`);
     this.button.disabled = sound.length === 0;
-    const waits = plays && player.isDry(sound) && !sound.complete;
-    this.time.textContent = `${seconds.toFixed(2)} / ${sound.seconds.toFixed(2)} s`
-      + (waits ? " \u00b7 waiting for samples" : sound.complete ? "" : " so far");
+    this.time.textContent = `${seconds.toFixed(2)} / ${sound.seconds.toFixed(2)} s${this.#remark(plays)}`;
     this.screen.setAttribute("aria-valuemin", "0");
     this.screen.setAttribute("aria-valuemax", sound.seconds.toFixed(2));
     this.screen.setAttribute("aria-valuenow", seconds.toFixed(2));
     this.screen.setAttribute("aria-valuetext", `${seconds.toFixed(2)} of ${sound.seconds.toFixed(2)} seconds`);
   }
+
+  #remark(plays) {
+    if (this.player.awaits(this.sound)) return " \u00b7 plays next";
+    if (plays && this.player.isDry(this.sound) && !this.sound.complete) return " \u00b7 waiting";
+    return this.sound.complete ? "" : " so far";
+  }
+}
+
+/** Draw the colours of the spectrogram, from the quietest to the loudest. */
+export function drawKey(canvas) {
+  Object.assign(canvas, { width: 256, height: 1 });
+  const context = canvas.getContext("2d");
+  const image = context.createImageData(256, 1);
+  COLOURS.forEach((colour, i) => image.data.set([...colour, 255], 4 * i));
+  context.putImageData(image, 0, 0);
 }
 
 /** Clear a canvas and give it a pixel for each of the screen's. */

@@ -95,10 +95,9 @@ export class Turn {
     for (const sound of this.sounds) sound.finish();
     this.root.dataset.state = state;
     this.root.removeAttribute("aria-busy");
-    this.state.replaceChildren();
     if (line) this.note(line);
     this.state.before(...this.notes.map((text) => element("p", { className: "note", textContent: text })));
-    this.state.append(this.#figures(gaps));
+    this.state.replaceWith(this.#figures(gaps));
     this.render();
     const seconds = this.sounds.reduce((sum, sound) => sum + sound.seconds, 0);
     const sounds = this.sounds.length ? ` ${this.sounds.length} sounds, ${seconds.toFixed(2)} seconds.` : "";
@@ -116,9 +115,11 @@ export class Turn {
     if (gaps?.count) rows.push(["gaps", `${gaps.count}, ${gaps.seconds.toFixed(2)} s in all`,
       "While it played as it came, the next samples were not there in time."]);
     else if (gaps && seconds > 0) rows.push(["gaps", "none", "It played as it came without waiting for samples."]);
-    rows.push(["seed", String(this.seed), "The same seed, message and settings give the same answer."]);
-    return element("dl", {}, ...rows.map(([name, value, title]) =>
-      element("div", { title }, element("dt", { textContent: name }), element("dd", { textContent: value }))));
+    const again = element("button", { type: "button", className: "link", textContent: "use again" });
+    again.addEventListener("click", () => { $("seed").value = this.seed; });
+    rows.push(["seed", String(this.seed), "The same seed, message and settings give the same answer.", again]);
+    return element("dl", {}, ...rows.map(([name, value, title, ...more]) =>
+      element("div", { title }, element("dt", { textContent: name }), element("dd", { textContent: value }, ...more))));
   }
 }
 
