@@ -41,7 +41,7 @@ from mllm_audio.cli.group import COUNT, PATH, cli
 @click.option("--max-body-mib", type=COUNT, default=32, show_default=True, help="Of a request.")
 @click.option(
     "--history-mib",
-    type=COUNT,
+    type=click.IntRange(min=0),
     default=256,
     show_default=True,
     help="Of earlier answers, which clients refer to by audio.id.",

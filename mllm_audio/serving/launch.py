@@ -72,13 +72,14 @@ class ServeConfig:
     eager: bool | None = None  # no torch.compile, no CUDA graphs; None: on a CPU
     cpu_kv_gib: int | None = None  # of the cache on a CPU; None: what max_num_seqs requests need
     max_body_mib: int = 32  # of a client's request
-    history_mib: int = 256  # of earlier answers that clients may refer to
+    history_mib: int = 256  # of earlier answers that clients may refer to; 0: none
     options: tuple[str, ...] = ()  # further ones of vLLM, as typed
 
     def __post_init__(self) -> None:
         """Check ranges, the key and that vLLM's options leave ours alone."""
         check_range("serve", self, 1, 65535, "port")
-        check_range("serve", self, 1, 100_000, "max_num_seqs", "cpu_kv_gib", "history_mib")
+        check_range("serve", self, 1, 100_000, "max_num_seqs", "cpu_kv_gib")
+        check_range("serve", self, 0, 100_000, "history_mib")
         check_range("serve", self, 1, 1024, "max_body_mib")
         check_range("serve", self, 1, 100_000_000, "max_model_len")
         if self.dtype is not None and self.dtype not in DTYPES:
