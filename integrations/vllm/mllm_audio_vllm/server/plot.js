@@ -71,6 +71,7 @@ export class SoundView {
     if (this.player.plays(this.sound)) this.player.pause();
     else this.player.play(this.sound, this.resume ?? 0);
     this.resume = null;
+    this.render();
     this.onchange?.();
   }
 
@@ -79,6 +80,7 @@ export class SoundView {
     const at = Math.round(Math.max(0, Math.min(this.sound.seconds, seconds)) * this.sound.sampleRate);
     if (this.player.plays(this.sound)) this.player.play(this.sound, at);
     else this.resume = at < this.sound.length ? at : null;
+    this.render();
     this.onchange?.();
   }
 
@@ -184,6 +186,7 @@ export class SoundView {
     this.axis.replaceChildren(...Array.from({ length: count + 1 }, (_, i) => {
       const tick = element("span", { textContent: i ? Number((i * step).toFixed(1)) : "0 s" });
       tick.style.left = `${(100 * i * step) / this.extent}%`;
+      tick.classList.toggle("last", i > 0 && i * step > 0.97 * this.extent);
       return tick;
     }));
     const peak = 20 * Math.log10(this.sound.peak / 32768);
@@ -198,13 +201,17 @@ export class SoundView {
     const plays = player.plays(sound);
     const position = player.position(sound) ?? this.resume;
     const seconds = (position ?? 0) / sound.sampleRate;
+    const remark = this.#remark(plays);
+    const shown = [position, plays, remark, this.drawn].join();
+    if (shown === this.shown) return; // every frame comes here, for every sound of the page
+    this.shown = shown;
     this.head.hidden = position === null || position === undefined;
     this.head.style.left = `${(100 * seconds) / this.extent}%`;
     this.icon.setAttribute("d", plays ? ICONS.pause : ICONS.play);
     this.word.textContent = plays ? "Pause" : "Play";
     this.button.setAttribute("aria-label", `${this.word.textContent} ${this.name}`);
     this.button.disabled = sound.length === 0;
-    this.time.textContent = `${seconds.toFixed(2)} / ${sound.seconds.toFixed(2)} s${this.#remark(plays)}`;
+    this.time.textContent = `${seconds.toFixed(2)} / ${sound.seconds.toFixed(2)} s${remark}`;
     this.screen.setAttribute("aria-valuemin", "0");
     this.screen.setAttribute("aria-valuemax", sound.seconds.toFixed(2));
     this.screen.setAttribute("aria-valuenow", seconds.toFixed(2));
