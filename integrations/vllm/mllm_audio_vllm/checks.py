@@ -32,7 +32,7 @@ def settings(vllm_config: VllmConfig) -> dict[str, Any]:
 
 
 class AudioConfigHook(VerifyAndUpdateConfig):
-    """Checks an engine's configuration, and picks our worker; vLLM calls it for our architecture."""
+    """Checks an engine's configuration and picks our worker; vLLM calls it for our models."""
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
@@ -82,7 +82,9 @@ def check(vllm_config: VllmConfig) -> None:
     }
     for what, is_asked_for in refused.items():
         if is_asked_for:
-            raise ValueError(f"found {what}, which models with a voice do not support; leave it out")
+            raise ValueError(
+                f"found {what}, which models with a voice do not support; leave it out"
+            )
     if parallel.worker_cls != "auto":
         raise ValueError(
             f"found --worker-cls {parallel.worker_cls}, expected none: models with a voice bring "

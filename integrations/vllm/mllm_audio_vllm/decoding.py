@@ -10,12 +10,12 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from mllm_audio.diffusion.noise import Noise
 from mllm_audio.heads.base import SamplingConfig
 from mllm_audio.modality import AudioModality
 from mllm_audio.text import SpecialIds
-from torch import Tensor
-
 from mllm_audio_vllm.state import Query, RequestState
 
 

@@ -28,7 +28,9 @@ class Sender:
 
     def __init__(self, address: str) -> None:
         self.socket = zmq.Context.instance().socket(zmq.PUSH)
-        self.socket.setsockopt(zmq.SNDHWM, 0)  # never blocks: what is under way is bounded by max_tokens
+        self.socket.setsockopt(
+            zmq.SNDHWM, 0
+        )  # never blocks: what is under way is bounded by max_tokens
         self.socket.setsockopt(zmq.LINGER, LINGER_MS)
         self.socket.connect(address)
 

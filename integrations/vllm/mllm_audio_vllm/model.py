@@ -8,10 +8,6 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from mllm_audio.config import from_dict
-from mllm_audio.modality import AudioConfig, AudioModality
-from mllm_audio.pretrained import load_text_tokenizer
-from mllm_audio.text import SpecialIds
 from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.distributed import (
@@ -21,6 +17,10 @@ from vllm.distributed import (
 )
 from vllm.model_executor.models.utils import maybe_prefix
 
+from mllm_audio.config import from_dict
+from mllm_audio.modality import AudioConfig, AudioModality
+from mllm_audio.pretrained import load_text_tokenizer
+from mllm_audio.text import SpecialIds
 from mllm_audio_vllm.checks import ADDRESS, BACKBONES, settings
 from mllm_audio_vllm.decoding import Choices, Decoder, Held, Row
 from mllm_audio_vllm.frames import Sender

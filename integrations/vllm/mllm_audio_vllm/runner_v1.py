@@ -1,4 +1,7 @@
-"""The adapter of vLLM's V1 model runner: the one of CPUs, and of GPUs with VLLM_USE_V2_MODEL_RUNNER=0."""
+"""The adapter of vLLM's V1 model runner.
+
+CPUs have that one, and GPUs with VLLM_USE_V2_MODEL_RUNNER=0.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,9 @@ class AudioRunnerV1:
         deferred = super()._update_states(scheduler_output)  # type: ignore[misc]
         for new in scheduler_output.scheduled_new_reqs:
             if new.req_id not in states:
-                options = AudioOptions.from_extra_args(getattr(new.sampling_params, "extra_args", None))
+                options = AudioOptions.from_extra_args(
+                    getattr(new.sampling_params, "extra_args", None)
+                )
                 states[new.req_id] = self.model.state_of(options, new.prompt_token_ids or ())
         for request_id in scheduler_output.scheduled_cached_reqs.resumed_req_ids:
             state = states.get(request_id)

@@ -10,12 +10,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
+
 from mllm_audio.generation.interleaved import span_seed
 from mllm_audio.generation.room import Room
 from mllm_audio.modality import AudioConfig
 from mllm_audio.text import SpecialIds
-from torch import Tensor
-
 from mllm_audio_vllm.options import AudioOptions
 
 
@@ -33,7 +33,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Query:
-    """What is to be decided after the last position of a row: the next latent of a span, or its end."""
+    """What is to be decided behind a row: the next latent of a span, or its end."""
 
     span: Span
     index: int  # content position of the latent that may come
@@ -74,7 +74,9 @@ class RequestState:
         self.prompt_length = len(prompt_ids)
         self.spans: list[Span] = []
         self.opened = 0  # by the reply itself
-        self.first = 0  # of the spans that belong to the reply: those before are closed in the prompt
+        self.first = (
+            0  # of the spans that belong to the reply: those before are closed in the prompt
+        )
         self.prompts = self._read_prompts(prompt_ids, special, device)
         self._read_spans(prompt_ids, special, device)
 

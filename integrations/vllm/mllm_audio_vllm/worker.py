@@ -18,7 +18,9 @@ class AudioWorker:
         super().init_device()  # type: ignore[misc]
         runner = self.model_runner
         if not self.use_v2_model_runner:
-            runner.__class__ = type(f"Audio{type(runner).__name__}", (AudioRunnerV1, type(runner)), {})
+            runner.__class__ = type(
+                f"Audio{type(runner).__name__}", (AudioRunnerV1, type(runner)), {}
+            )
 
     def execute_model(self: Any, scheduler_output: Any) -> Any:
         """Run a step."""

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import torch
 import transformers
+
 from mllm_audio import AdaptConfig, AudioConfig, AudioLanguageModel
 from mllm_audio.config import to_dict
 from mllm_audio.data.layout import Text
 from mllm_audio.data.messages import Message, TextPart, render, to_row
 from mllm_audio.generation.decode import GenerationConfig
-from mllm_audio.generation.interleaved import Reply, Span
+from mllm_audio.generation.interleaved import Reply, end_ids
 from mllm_audio.generation.rows import Rows
 from mllm_audio.generation.text import TextConfig
 from mllm_audio.generation.voice import GENERATION_FILE, Voice
@@ -86,7 +87,7 @@ def write_voice(
     tokenizer.save_pretrained(base)
     audio = AudioConfig(
         max_tokens=max_tokens,
-        head=HeadConfig(name=head, width=64, num_blocks=3, num_train_timesteps=1000),
+        head=HeadConfig(name=head, width=64, num_blocks=3),
     )
     model = AudioLanguageModel.from_backbone(base, audio=audio, adapt=AdaptConfig(mode="full"))
     special = SpecialIds.of(model.text_tokenizer)
@@ -119,18 +120,31 @@ class Reference:
         self.model = AudioLanguageModel.from_pretrained(folder)
         self.tokenizer = self.model.text_tokenizer
         self.special = SpecialIds.of(self.tokenizer)
+        eos = self.model.backbone.generation_config.eos_token_id
+        self.end_ids = end_ids(eos, self.tokenizer)
 
     def row(self, text: str):
         """Lay out a request of one message."""
-        pieces = render([Message("user", (TextPart(text),))], self.tokenizer, add_generation_prompt=True)
+        pieces = render(
+            [Message("user", (TextPart(text),))], self.tokenizer, add_generation_prompt=True
+        )
         return to_row(pieces, lambda latents: latents)
 
     def ids_of(self, row) -> list[int]:
         """Give the ids of a row of text."""
-        return [token for part in row if isinstance(part, Text) for token in part.input_ids.tolist()]
+        return [
+            token for part in row if isinstance(part, Text) for token in part.input_ids.tolist()
+        ]
 
     def reply(
-        self, row, config: GenerationConfig, seed: int, max_tokens: int, *, open_span=False, spans=None
+        self,
+        row,
+        config: GenerationConfig,
+        seed: int,
+        max_tokens: int,
+        *,
+        open_span=False,
+        spans=None,
     ) -> Expected:
         """Reply until `max_tokens` ids and latents are there, or the reply ends."""
         text = TextConfig(do_sample=False, max_new_tokens=10_000, max_audio_spans=spans)
@@ -153,7 +167,7 @@ class Reference:
 class _Recorder:
     """Writes down what is fed to `Rows`, and stops when there is enough."""
 
-    class Enough(Exception):
+    class EnoughError(Exception):
         pass
 
     def __init__(self, audio: int, most: int) -> None:
@@ -180,11 +194,11 @@ class _Recorder:
     def add(self, token: int) -> None:
         self.ids.append(token)
         if len(self.ids) >= self.most:
-            raise self.Enough
+            raise self.EnoughError
 
     def __exit__(self, kind, error, trace):
         Rows.feed_id, Rows.feed_latents = self.before
-        return kind is self.Enough
+        return kind is self.EnoughError
 
 
 def exact(seconds: float, **changes) -> GenerationConfig:
@@ -192,4 +206,4 @@ def exact(seconds: float, **changes) -> GenerationConfig:
     return replace(DEFAULTS, seconds=seconds, **changes)
 
 
-__all__ = ["DEFAULTS", "LIMIT", "Expected", "Reference", "Span", "exact", "write_voice"]
+__all__ = ["DEFAULTS", "LIMIT", "Expected", "Reference", "exact", "write_voice"]
