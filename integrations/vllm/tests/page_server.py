@@ -107,7 +107,7 @@ class Script:
         }
     )
     key: str | None = None
-    refusal: tuple[int, str] | None = None  # status and body of the answer to the next POST
+    refusal: tuple[int, str] | None = None  # status and body of the answer to the next request
     requests: list[tuple[str, dict, str | None]] = field(default_factory=list)
     ids: list[str] = field(default_factory=list)  # of answers with sound
     gone: threading.Event = field(default_factory=threading.Event)  # a client hung up in an answer
@@ -150,14 +150,15 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
+        script = self.server.script
         if self.path == "/v1/audio/model":
             if self._allowed():
-                self._json(200, self.server.script.model)
+                self._json(200, script.model)
             return
         name = "page.html" if self.path == "/" else self.path[1:]
         path = FOLDER / name
         if "/" in name or path.suffix not in KINDS or not path.is_file():
-            self._json(404, {"error": {"message": f"no {self.path}"}})
+            self.send_error(404)
             return
         self._head(200, f"{KINDS[path.suffix]}; charset=utf-8", len(path.read_bytes()))
         self.wfile.write(path.read_bytes())
@@ -168,12 +169,6 @@ class _Handler(BaseHTTPRequestHandler):
         if not self._allowed():
             return
         script.requests.append((self.path, body, self.headers["Authorization"]))
-        if script.refusal:
-            status, text = script.refusal
-            script.refusal = None
-            self._head(status, "application/json", len(text.encode()))
-            self.wfile.write(text.encode())
-            return
         speaks = self.path == "/v1/audio/speech"
         self._head(200, "audio/pcm" if speaks else "text/event-stream", None)
         try:
@@ -186,10 +181,15 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
     def _allowed(self) -> bool:
-        key = self.server.script.key
+        script = self.server.script
+        refusal, script.refusal = script.refusal, None
+        if refusal:
+            self._text(*refusal)
+            return False
+        key = script.key
         if key is None or self.headers["Authorization"] == f"Bearer {key}":
             return True
-        self._json(401, {"error": {"message": "Unauthorized: the API key is wrong or missing."}})
+        self._json(401, {"error": "Unauthorized"})  # vLLM's form
         return False
 
     def _head(self, status: int, kind: str, length: int | None) -> None:
@@ -204,9 +204,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def _json(self, status: int, values: dict) -> None:
-        body = json.dumps(values).encode()
-        self._head(status, "application/json", len(body))
-        self.wfile.write(body)
+        self._text(status, json.dumps(values))
+
+    def _text(self, status: int, text: str) -> None:
+        self._head(status, "application/json", len(text.encode()))
+        self.wfile.write(text.encode())
 
     def _write(self, data: bytes) -> None:
         self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
@@ -274,9 +276,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _finish(self, identity: str, text: str, spans: int) -> None:
         if spans:
             self.server.script.ids.append(identity)
-            expires_at = int(time.time()) + 3600
-            end = {"id": identity, "transcript": text, "expires_at": expires_at}
-            self._delta({"audio": end})
+            end = {"transcript": text, "expires_at": int(time.time()) + 3600}
+            self._delta({"audio": {"id": identity, **end}})
         self._delta({}, "stop")
         details = {"text_tokens": 9, "audio_tokens": 64}
         counts = {"prompt_tokens": 12, "completion_tokens": 73, "total_tokens": 85}

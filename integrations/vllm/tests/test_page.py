@@ -165,8 +165,9 @@ def test_stop_while_waiting_for_the_first_event(chromium):
 )
 def test_refusals_are_one_line_and_lose_nothing(chromium, status, body, line):
     text = body if isinstance(body, str) else json.dumps({"error": body})
-    script = Script(refusal=(status, text))
-    with serving(script) as server, at(chromium, server, allowed=["Failed to load"]) as page:
+    with serving(Script()) as server, at(chromium, server, allowed=["Failed to load"]) as page:
+        page.wait_for_selector("#send:enabled")
+        server.script.refusal = (status, text)
         send(page, "an unlucky prompt")
         wait_for(page, "failed")
         assert page.inner_text("article .note") == line
@@ -196,14 +197,15 @@ def test_an_expired_answer_is_explained(chromium):
     with serving(Script()) as server, at(chromium, server, allowed=["404"]) as page:
         send(page, "first")
         wait_for(page, "done")
-        said = {"error": {"message": "no audio with id audio-1.", "code": 404}}
-        server.script.refusal = (404, json.dumps(said))
+        said = {"message": "no answer is kept", "param": "messages.1.audio.id", "code": 404}
+        server.script.refusal = (404, json.dumps({"error": said}))
         send(page, "second")
         wait_for(page, "failed", 2)
         assert page.inner_text("article:nth-of-type(2) .note") == (
-            "no audio with id audio-1. The server keeps answers for an hour; to go on, begin a "
-            "new conversation."
+            "The server no longer keeps the sound of an earlier answer; begin a new conversation "
+            "to go on."
         )
+        assert page.input_value("#prompt") == "second"
 
 
 def test_a_server_that_is_gone_is_one_line(chromium):
@@ -216,10 +218,19 @@ def test_a_server_that_is_gone_is_one_line(chromium):
         assert page.inner_text("article .note") == f"No answer from {host}. Is the server running?"
 
 
+def test_a_server_that_starts_is_waited_for(chromium):
+    loading = json.dumps({"error": {"message": "the model is still loading"}})
+    script = Script(refusal=(503, loading))
+    with serving(script) as server, at(chromium, server, allowed=["503"]) as page:
+        page.wait_for_selector("#problem:has-text('the model is still loading')")
+        page.wait_for_selector("#send:enabled")
+        assert page.is_hidden("#problem") and page.inner_text("#model") == "made-up"
+
+
 def test_api_key_is_asked_for_sent_and_kept_for_the_tab_alone(chromium):
     script = Script(key="s3cret")
     with serving(script) as server, at(chromium, server, allowed=["401"]) as page:
-        page.wait_for_selector("#problem:has-text('Type the API key')")
+        page.wait_for_selector("#problem:has-text('Unauthorized: type the API key')")
         assert page.is_disabled("#send")
         assert page.evaluate("document.activeElement.id") == "key"
         page.fill("#key", "s3cret")
@@ -235,7 +246,7 @@ def test_api_key_is_asked_for_sent_and_kept_for_the_tab_alone(chromium):
         assert "s3cret" not in "".join(page.traffic)
         other = page.context.new_page()
         other.goto(server.url)
-        other.wait_for_selector("#problem:has-text('Type the API key')")
+        other.wait_for_selector("#problem:has-text('Unauthorized: type the API key')")
 
 
 def test_everything_has_a_name_and_fits_a_phone(chromium):

@@ -1,6 +1,5 @@
 """The script that takes the README's picture of the page."""
 
-import json
 import struct
 import subprocess
 import sys
@@ -8,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from browser import launched_browser
-from page_server import Script, serving
+from page_server import Fail, Script, serving
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -35,8 +34,7 @@ def test_picture_of_an_answer_is_taken(tmp_path):
 
 
 def test_picture_without_an_answer_is_an_error(tmp_path):
-    refusal = (503, json.dumps({"error": {"message": "the engine has stopped"}}))
-    with serving(Script(refusal=refusal)) as server:
+    with serving(Script(reply=(Fail("the engine has stopped"),))) as server:
         done = take_picture(server.url, "two tones", tmp_path / "page.png")
     assert done.returncode == 1
     assert done.stderr.strip().endswith("has no answer, it says: the engine has stopped")

@@ -3,7 +3,7 @@
 import { $, element } from "./dom.js";
 import { decode } from "./sound.js";
 
-const MAX_BYTES = 32 * 1024 * 1024; // of a file, before it is decoded
+const MAX_BYTES = 12 * 1024 * 1024; // of a file; the server takes 16 MiB of base64
 
 /** Holds the sounds of the message that is being written. */
 export class Composer {
@@ -47,7 +47,7 @@ export class Composer {
     $("file").value = "";
     for (const file of files) {
       if (file.size > MAX_BYTES)
-        throw new Error(`${file.name} has ${Math.round(file.size / 2 ** 20)} MB, at most 32 can be attached.`);
+        throw new Error(`${file.name} has ${Math.round(file.size / 2 ** 20)} MiB, expected at most 12.`);
       await this.#attach(file, file.name);
     }
   }

@@ -9,6 +9,8 @@ import { toBytes } from "./sound.js";
 import { Turn } from "./turns.js";
 import { events, pieces, request, ServerError } from "./wire.js";
 
+const RETRY = 2000; // milliseconds, while the server starts
+
 const player = new Player();
 const composer = new Composer(report);
 let model = null; // what GET /v1/audio/model says
@@ -29,8 +31,9 @@ async function loadModel() {
     model = await (await request("/v1/audio/model", { key: apiKey() })).json();
   } catch (error) {
     model = null;
-    report(error.status === 401 ? `${error.message} Type the API key of this server in the settings.` : error.message);
+    report(failureLine(error));
     if (error.status === 401) open("key");
+    else setTimeout(loadModel, RETRY);
     return;
   } finally {
     $("send").disabled = model === null;
@@ -39,7 +42,8 @@ async function loadModel() {
   composer.model = model;
   document.title = `${model.model} \u00b7 mllm-audio`;
   $("model").textContent = model.model;
-  $("facts").textContent = `${model.sample_rate / 1000} kHz \u00b7 sounds up to ${Number(model.max_seconds.toFixed(2))} s`;
+  const longest = Number(model.max_seconds.toFixed(2));
+  $("facts").textContent = `${model.sample_rate / 1000} kHz \u00b7 sounds up to ${longest} s`;
   fillIn(model);
   $("mode-chat").disabled = !model.chats;
   if (!model.chats) $("mode-caption").checked = true;
@@ -152,9 +156,9 @@ function fail(turn, error, gaps) {
 }
 
 function failureLine(error) {
-  if (error.status === 401) return `${error.message} Type the API key of this server in the settings.`;
-  if (error.status === 404 && messages.some((message) => message.audio))
-    return `${error.message} The server keeps answers for an hour; to go on, begin a new conversation.`;
+  if (error.status === 401) return `${error.message}: type the API key of this server in the settings.`;
+  if (error.status === 404 && error.param?.endsWith("audio.id"))
+    return "The server no longer keeps the sound of an earlier answer; begin a new conversation to go on.";
   return error.message;
 }
 

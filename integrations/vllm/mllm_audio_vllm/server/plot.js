@@ -215,7 +215,8 @@ export class SoundView {
     this.screen.setAttribute("aria-valuemin", "0");
     this.screen.setAttribute("aria-valuemax", sound.seconds.toFixed(2));
     this.screen.setAttribute("aria-valuenow", seconds.toFixed(2));
-    this.screen.setAttribute("aria-valuetext", `${seconds.toFixed(2)} of ${sound.seconds.toFixed(2)} seconds`);
+    this.screen.setAttribute("aria-valuetext",
+      `${seconds.toFixed(2)} of ${sound.seconds.toFixed(2)} seconds`);
   }
 
   #remark(plays) {
@@ -243,7 +244,8 @@ function fitted(canvas) {
 }
 
 function save(bytes, name) {
-  const link = element("a", { href: URL.createObjectURL(new Blob([bytes], { type: "audio/wav" })), download: name });
+  const blob = new Blob([bytes], { type: "audio/wav" });
+  const link = element("a", { href: URL.createObjectURL(blob), download: name });
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
 }

@@ -23,7 +23,8 @@ export class Turn {
     this.question = element("div", { className: "question" },
       element("h2", { textContent: asked.caption ? "Caption" : "You" }));
     if (asked.prompt) this.question.append(element("p", { className: "text", textContent: asked.prompt }));
-    asked.sounds.forEach((sound, i) => this.#show(sound, this.question, `the sound you sent ${i + 1}`, `sent-${i + 1}.wav`));
+    asked.sounds.forEach((sound, i) =>
+      this.#show(sound, this.question, `the sound you sent ${i + 1}`, `sent-${i + 1}.wav`));
     this.answer = element("div", { className: "answer" }, element("h2", { textContent: model.model }));
     this.state = element("p", { className: "state" });
     this.root = element("article", {}, this.question, this.answer, this.state);
@@ -39,7 +40,8 @@ export class Turn {
   }
 
   #show(sound, parent, name, file, seconds = null) {
-    const view = new SoundView(sound, this.player, { name, file, seconds, maxSeconds: this.model.max_seconds });
+    const maxSeconds = this.model.max_seconds;
+    const view = new SoundView(sound, this.player, { name, file, seconds, maxSeconds });
     view.onchange = () => this.onchange?.();
     this.views.push(view);
     parent.append(view.root);
@@ -87,7 +89,8 @@ export class Turn {
     if (!this.root.hasAttribute("aria-busy")) return;
     const waited = ((performance.now() - this.sentAt) / 1000).toFixed(1);
     const arrives = this.root.dataset.state === "arriving";
-    this.state.textContent = arrives ? `Answering \u00b7 ${waited} s` : `Waiting for the server \u00b7 ${waited} s`;
+    const doing = arrives ? "Answering" : "Waiting for the server";
+    this.state.textContent = `${doing} \u00b7 ${waited} s`;
   }
 
   /** End the exchange: state is done, stopped or failed; `line` says why, `gaps` how it played. */
@@ -96,11 +99,13 @@ export class Turn {
     this.root.dataset.state = state;
     this.root.removeAttribute("aria-busy");
     if (line) this.note(line);
-    this.state.before(...this.notes.map((text) => element("p", { className: "note", textContent: text })));
+    this.state.before(
+      ...this.notes.map((text) => element("p", { className: "note", textContent: text })));
     this.state.replaceWith(this.#figures(gaps));
     this.render();
     const seconds = this.sounds.reduce((sum, sound) => sum + sound.seconds, 0);
-    const sounds = this.sounds.length ? ` ${this.sounds.length} sounds, ${seconds.toFixed(2)} seconds.` : "";
+    const count = this.sounds.length;
+    const sounds = count ? ` Sounds: ${count}, ${seconds.toFixed(2)} seconds.` : "";
     announce(state === "done" ? `Answer: ${this.text}${sounds}` : this.notes.join(" "));
   }
 
@@ -110,7 +115,8 @@ export class Turn {
     if (this.firstAudio !== null) rows.push(["first audio", milliseconds(this.firstAudio),
       "From sending the request to the first samples."]);
     if (seconds > 0) rows.push(["real-time factor", (this.lastAudio / 1000 / seconds).toFixed(2),
-      "Seconds from sending the request to its last samples, per second of sound: below 1 is faster than real time."]);
+      "Seconds from sending the request to its last samples, per second of sound: "
+      + "below 1 is faster than real time."]);
     if (this.usage) rows.push(["tokens", tokens(this.usage), "Of the prompt; of the answer's text and sound."]);
     if (gaps?.count) rows.push(["gaps", `${gaps.count}, ${gaps.seconds.toFixed(2)} s in all`,
       "While it played as it came, the next samples were not there in time."]);
@@ -119,7 +125,8 @@ export class Turn {
     again.addEventListener("click", () => { $("seed").value = this.seed; });
     rows.push(["seed", String(this.seed), "The same seed, message and settings give the same answer.", again]);
     return element("dl", {}, ...rows.map(([name, value, title, ...more]) =>
-      element("div", { title }, element("dt", { textContent: name }), element("dd", { textContent: value }, ...more))));
+      element("div", { title },
+        element("dt", { textContent: name }), element("dd", { textContent: value }, ...more))));
   }
 }
 

@@ -2,9 +2,10 @@
 
 /** What the server, or the way to it, has refused; `message` is one line for the reader. */
 export class ServerError extends Error {
-  constructor(message, status = 0) {
-    super(message);
+  constructor(message, status = 0, param = null) {
+    super(message.replace(/\s+/g, " "));
     this.status = status; // of HTTP, 0 where no answer came
+    this.param = param; // field of the request that is at fault, if the server names one
   }
 }
 
@@ -30,15 +31,15 @@ function lost(error, line) {
 }
 
 async function refusal(response) {
-  let said = "";
+  const { status } = response;
+  let error = null;
   try {
-    const { error } = await response.json();
-    said = typeof error === "string" ? error : error.message;
+    ({ error } = await response.json());
   } catch {
     // Not our server's form: a proxy's page, say. The status is all there is to tell.
   }
-  const line = said ? String(said).replace(/\s+/g, " ") : `The server answered ${response.status} without a reason.`;
-  return new ServerError(line, response.status);
+  const said = typeof error === "string" ? error : error?.message; // vLLM's 401 is a string
+  return new ServerError(said || `The server answered ${status} without a reason.`, status, error?.param);
 }
 
 /** Yield the pieces of a response's body as they come. */
@@ -70,7 +71,7 @@ export async function* events(response) {
       const data = line.slice(5).trim();
       if (data === "[DONE]") return;
       const event = JSON.parse(data);
-      if (event.error) throw new ServerError(event.error.message.replace(/\s+/g, " "), event.error.code);
+      if (event.error) throw new ServerError(event.error.message, event.error.code);
       yield event;
     }
   }
