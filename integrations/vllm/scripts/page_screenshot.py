@@ -43,7 +43,10 @@ def screenshot(page: Page, url: str, prompt: str, out: str, options: argparse.Na
         raise ValueError(f"the page at {url} has no answer, it says: {' '.join(said)}")
     page.wait_for_selector(BUSY, state="detached")
     page.locator("#send").blur()
-    page.screenshot(path=out, full_page=True)
+    height = page.evaluate("document.documentElement.scrollHeight")
+    page.set_viewport_size({"width": WIDTH, "height": height})  # the box stays below the answer
+    page.wait_for_timeout(200)  # in which the page draws itself again
+    page.screenshot(path=out)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
