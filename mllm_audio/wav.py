@@ -155,6 +155,13 @@ def write(path: str | Path, waveform: Tensor, sample_rate: int) -> None:
     soundfile.write(str(path), samples.numpy(), sample_rate, subtype=SUBTYPES[suffix])
 
 
+def flac_bytes(samples: np.ndarray, sample_rate: int) -> bytes:
+    """Write (S,) int16 samples as a FLAC file in memory."""
+    file = io.BytesIO()
+    soundfile.write(file, samples, sample_rate, subtype="PCM_16", format="FLAC")
+    return file.getvalue()
+
+
 class FlacStream:
     """Encode a waveform as 16 bit FLAC while it comes.
 

@@ -169,3 +169,9 @@ def test_flac_stream_holds_the_samples_and_comes_in_pieces():
     decoded, sample_rate = soundfile.read(io.BytesIO(bytes(data)), dtype="int16")
     assert sample_rate == 16_000
     assert np.array_equal(decoded, samples)
+
+
+def test_flac_bytes_are_a_whole_file():
+    samples = (tone(440, 16_000) * 32767).short().numpy()
+    decoded, _ = soundfile.read(io.BytesIO(wav.flac_bytes(samples, 16_000)), dtype="int16")
+    assert np.array_equal(decoded, samples)
