@@ -20,9 +20,9 @@ HERTZ = (440.0, 880.0)  # of the spans
 
 
 def tone(span: int, num_chunks: int) -> torch.Tensor:
-    """Return the samples of a span: full scale, so that rounding and clipping show."""
+    """Return the samples of a span: too loud, so that clipping shows."""
     time = torch.arange(num_chunks * CHUNK) / RATE
-    return torch.sin(2 * math.pi * HERTZ[span % 2] * time)
+    return 1.1 * torch.sin(2 * math.pi * HERTZ[span % 2] * time)
 
 
 class EngineError(Exception):

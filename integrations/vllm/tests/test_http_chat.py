@@ -196,6 +196,7 @@ def test_continued_recording_is_kept_as_one_recording(client, server):
         {"role": "user", "content": "no text"},
         {"role": "assistant", "content": [{"type": "input_audio", "input_audio": sound}]},
     ]
+    turns[1]["content"].append({"type": "text", "text": ""})  # nothing: the recording is the end
     own = {"mllm_audio": {"continue_final_message": True}}
     longer = ask(client, messages=turns, extra_body=own).choices[0].message.audio.id
     ask(client, messages=[turns[0], {"role": "assistant", "audio": {"id": longer}}, turns[0]])

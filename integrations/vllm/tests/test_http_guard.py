@@ -110,6 +110,11 @@ def test_body_that_says_it_is_huge_is_not_waited_for(server):
     assert "413" in raw(server, head(server, f"Content-Length: {10**15}"))
 
 
+def test_body_without_end_is_not_read_for_ever(server):
+    piece = f"{65536:x}\r\n{' ' * 65536}\r\n"
+    assert "413" in raw(server, head(server, "Transfer-Encoding: chunked") + piece * 33)
+
+
 def test_body_that_does_not_come_is_not_waited_for_long(server):
     began = time.monotonic()
     assert "408" in raw(server, head(server, "Content-Length: 100") + "{")

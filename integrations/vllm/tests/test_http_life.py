@@ -123,8 +123,9 @@ def test_client_that_leaves_a_sound_cancels_it_at_once(server, audio_format):
     server.wait_until_idle()
 
 
-def test_sound_that_breaks_does_not_look_whole(server):
-    body = {"input": "break after", "response_format": "pcm"}
+@pytest.mark.parametrize("name", ["break after", "unfinished"])
+def test_sound_that_breaks_does_not_look_whole(server, name):
+    body = {"input": name, "response_format": "pcm"}
     with pytest.raises(httpx.RemoteProtocolError):
         httpx.post(f"{server.url}/v1/audio/speech", json=body)
     server.wait_until_idle()

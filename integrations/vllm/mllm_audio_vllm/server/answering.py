@@ -18,6 +18,7 @@ from mllm_audio_vllm.server.errors import RequestError
 from mllm_audio_vllm.server.metrics import Record
 
 logger = logging.getLogger(__name__)
+PIECE = 2**18  # bytes of a whole answer that are sent at once
 FAILED = "the engine failed on this request; try again, or read the server's log"
 
 
@@ -49,9 +50,11 @@ class Sender:
         await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def json(self, values: dict[str, Any]) -> None:
-        """Send a whole response."""
-        await self.start("application/json")
-        await self.write(await asyncio.to_thread(lambda: json.dumps(values).encode()))
+        """Send a whole response, in pieces that a slow client can take in their time."""
+        data = await asyncio.to_thread(lambda: json.dumps(values).encode())
+        await self.start("application/json", {"content-length": str(len(data))})
+        for begin in range(0, len(data), PIECE):
+            await self.write(data[begin : begin + PIECE])
         await self.end()
 
     async def _send(self, message: Message) -> None:

@@ -58,7 +58,8 @@ def _parts(message: ChatMessage, where: str, sample_rate: int, max_seconds: floa
     parts: list[TextPart | AudioPart] = []
     for number, part in enumerate(message.content):
         if isinstance(part, TextContent):
-            parts.append(TextPart(part.text))
+            if part.text:
+                parts.append(TextPart(part.text))
             continue
         name = f"{where}.content.{number}.input_audio"
         try:

@@ -80,7 +80,7 @@ class Guard:
             kind = headers.get("content-type", "").partition(";")[0].strip().lower()
             if kind != "application/json":
                 raise RequestError(415, f"found content type {kind!r}, expected application/json")
-            check_fields(await _load(body))
+            check_fields(await load_json(body))
         messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def again() -> Message:
@@ -159,7 +159,7 @@ def check_fields(values: Any) -> None:
             raise RequestError(400, f"{key} is set by the server alone; leave it out", key)
 
 
-async def _load(body: bytes) -> Any:
+async def load_json(body: bytes) -> Any:
     """Read JSON, a large one away from the event loop.
 
     Raises:

@@ -23,7 +23,7 @@ from mllm_audio_vllm.server.base import Engine
 from mllm_audio_vllm.server.bounds import Bounds
 from mllm_audio_vllm.server.chat import Chat, broken_event
 from mllm_audio_vllm.server.errors import RequestError
-from mllm_audio_vllm.server.guard import Guard
+from mllm_audio_vllm.server.guard import Guard, load_json
 from mllm_audio_vllm.server.history import History
 from mllm_audio_vllm.server.metrics import Metrics
 from mllm_audio_vllm.server.protocol import ChatRequest, SpeechRequest
@@ -178,9 +178,10 @@ def check_model(name: str | None, engine: Engine) -> None:
 
 async def _json(request: Request) -> Any:
     """Read the body, which the guard has found to be JSON if there is any."""
-    if not await request.body():
+    body = await request.body()
+    if not body:
         raise RequestError(400, "the body is empty, expected a JSON object")
-    return await request.json()
+    return await load_json(body)
 
 
 def _asks_for_audio(values: Any) -> bool:
