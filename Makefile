@@ -3,13 +3,17 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-vllm lint clean
 
 demo: .venv/core
 	$(BIN)/mllm-audio demo --out runs/demo
 
 test: .venv/dev lint
 	$(BIN)/python -m pytest
+
+# The served models, through the real engine: an environment of its own, .venv-vllm.
+test-vllm:
+	cd integrations/vllm && $$(../../scripts/vllm_environment.sh test)/bin/python -m pytest
 
 lint: .venv/dev
 	$(BIN)/ruff check .
@@ -29,4 +33,4 @@ lint: .venv/dev
 	touch $@
 
 clean:
-	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-vllm build *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -26,7 +26,7 @@ LAYERS = [
     {"training", "generation", "peers"},
     {"presets"},
     {"build", "claim", "costs"},
-    {"run", "info", "bench", "export"},
+    {"run", "info", "bench", "export", "serving"},
     {"add_voice", "chat", "demo", "plan", "reproduce"},
     {"cli", "__main__"},
 ]
@@ -49,6 +49,7 @@ FENCES = {
     "peft": {"adapter.py"},
     "fsspec": {"data/remote.py"},
     "wandb": {"training/log.py"},
+    "httpx": {"serving/client.py", "serving/load.py"},
 }
 EXTRAS = {"deepspeed", "diffusers", "laion_clap", "vllm", "torchaudio", "peft", "datasets", "wandb"}
 MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))

@@ -6,8 +6,9 @@ Pure torch: nothing here knows vLLM.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from mllm_audio.heads.base import SamplingConfig
 from mllm_audio.modality import AudioModality
 from mllm_audio.text import SpecialIds
 from mllm_audio_vllm.state import Query, RequestState
+
+SettingT = TypeVar("SettingT", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,9 @@ class Decoder:
 
     def held(self, rows: Iterable[Row], marker: Tensor) -> Held | None:
         """Embed latents, and markers of audio that the model did not say; (H,) is the marker's."""
-        places, latents, indices, predicting, plain = [], [], [], [], []
+        places: list[int] = []
+        latents: list[Tensor] = []
+        indices, predicting, plain = [], [], []
         for row in rows:
             if row.state is None:
                 continue
@@ -103,7 +108,8 @@ class Decoder:
 
     def prompted(self, rows: Iterable[Row]) -> Held | None:
         """Embed what the conditioner made of captions, where a step computes it."""
-        places, embeds = [], []
+        places: list[int] = []
+        embeds: list[Tensor] = []
         for row in rows:
             if row.state is None or row.state.prompts is None:
                 continue
@@ -178,7 +184,7 @@ class Decoder:
             return ended
         for threshold, numbers in _grouped({n: t for n, (t, _) in open_questions.items()}):
             noise = self._noise([open_questions[n][1] for n in numbers])
-            ends = self.audio.ends(cond[numbers], noise, threshold)  # type: ignore[arg-type]
+            ends = self.audio.ends(cond[numbers], noise, threshold)
             answers = self.share(ends.int()).tolist()
             ended |= {n for n, end in zip(numbers, answers, strict=True) if end}
         return ended
@@ -190,27 +196,25 @@ class Decoder:
         self, rows: Sequence[Row], queries: dict[int, Query], cond: Tensor, uncond: Tensor | None
     ) -> Tensor:
         """Draw the latent of each query, (R, D): rows of equal settings in one call of the head."""
-        settings, scales = {}, {}
+        settings: dict[int, SamplingConfig] = {}  # but for the guidance, which is a row's own
+        scales: dict[int, float] = {}
         for number, query in queries.items():
             state = rows[number].state
             assert state is not None
             config = state.options.generation
             scales[number] = config.scale_at(query.index, query.span.longest)
-            settings[number] = (
-                config.sampler,
-                config.num_inference_steps,
-                config.temperature,
-                scales[number] != 1,
+            settings[number] = SamplingConfig(
+                sampler=config.sampler,
+                num_inference_steps=config.num_inference_steps,
+                guidance_scale=1.0 if scales[number] == 1 else 2.0,
+                temperature=config.temperature,
             )
-        latents = {}
-        for (sampler, steps, temperature, is_guided), numbers in _grouped(settings):  # type: ignore[misc]
-            scale = cond.new_tensor([scales[n] for n in numbers])[:, None] if is_guided else 1.0
-            sampling = SamplingConfig(
-                sampler=sampler,
-                num_inference_steps=steps,
-                guidance_scale=scale,
-                temperature=temperature,
-            )
+        latents: dict[int, Tensor] = {}
+        for shared, numbers in _grouped(settings):
+            is_guided, sampling = shared.guidance_scale != 1, shared
+            if is_guided:
+                scale = cond.new_tensor([scales[n] for n in numbers])[:, None]  # (R', 1)
+                sampling = replace(shared, guidance_scale=scale)
             noise = self._noise([queries[n] for n in numbers])
             twins = uncond[numbers] if is_guided and uncond is not None else None
             drawn = self.audio.sample(cond[numbers], twins, sampling, noise)
@@ -224,9 +228,9 @@ class Decoder:
         return Noise(seeds, positions, self.audio.config.latent_dim)
 
 
-def _grouped(settings: dict[int, Hashable]) -> list[tuple[Hashable, list[int]]]:
+def _grouped(settings: Mapping[int, SettingT]) -> list[tuple[SettingT, list[int]]]:
     """Group row numbers of equal settings."""
-    groups: dict[Hashable, list[int]] = {}
+    groups: dict[SettingT, list[int]] = {}
     for number, setting in settings.items():
         groups.setdefault(setting, []).append(number)
     return list(groups.items())

@@ -38,6 +38,10 @@ class AudioLanguageModel(nn.Module):
     conditional ones, and its states are (T, 2H).
     """
 
+    embeds: Tensor  # (T, H) of elements that are no text
+    is_held: Tensor  # (T, 1) bool, of them those alike in both branches
+    is_prompt: Tensor  # (T, 1) bool, of them those that the null prompt replaces
+
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         model = vllm_config.model_config
@@ -56,9 +60,9 @@ class AudioLanguageModel(nn.Module):
         size, hidden = vllm_config.scheduler_config.max_num_batched_tokens, config.hidden_size
         # Buffers whose address never changes, as captured graphs want them.
         for buffer, shape, dtype in (
-            ("embeds", (size, hidden), model.dtype),  # of the elements below
-            ("is_held", (size, 1), torch.bool),  # alike in both branches
-            ("is_prompt", (size, 1), torch.bool),  # the null prompt in the unconditional one
+            ("embeds", (size, hidden), model.dtype),
+            ("is_held", (size, 1), torch.bool),
+            ("is_prompt", (size, 1), torch.bool),
         ):
             self.register_buffer(buffer, torch.zeros(shape, dtype=dtype), persistent=False)
         self.decoder = Decoder(self.audio, self.special, _shared)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
@@ -42,7 +44,7 @@ def add_twins(backbone: nn.Module, vllm_config: VllmConfig) -> None:
             "backbone cannot have an unconditional branch: serve it with guidance off"
         )
     for module in holders:
-        cond = module.attn
+        cond: Any = module.attn
         index = extract_layer_index(cond.layer_name)
         prefix = cond.layer_name.replace(f".{index}.", f".{index + num_layers}.", 1)
         uncond = Attention(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 from mllm_audio_vllm.runner_v1 import AudioRunnerV1
@@ -34,7 +35,7 @@ class AudioWorker:
     def _audio_model(self) -> Any:
         return getattr(self.model_runner, "model", None)
 
-    def audio_stats(self) -> dict[str, int]:
+    def audio_stats(self: Any) -> dict[str, int]:
         """Count requests whose state is held, and what happened since the start."""
         model = self._audio_model
         keeper = getattr(model, "audio_state", None) or self.model_runner
@@ -44,18 +45,20 @@ class AudioWorker:
             "latents": model.decoder.num_drawn,
             "stored_latents": model.decoder.num_stored,
             "preempted": self.num_preempted,
+            "runner": 2 if self.use_v2_model_runner else 1,
         }
 
 
 def __getattr__(name: str) -> type:
     """Make the worker of a platform when vLLM asks for it: each imports what the other lacks."""
-    base: type
-    if name == "AudioCPUWorker":
-        from vllm.v1.worker.cpu_worker import CPUWorker as base  # noqa: N813
-    elif name == "AudioGPUWorker":
-        from vllm.v1.worker.gpu_worker import Worker as base  # noqa: N813
-    else:
+    places = {
+        "AudioCPUWorker": ("vllm.v1.worker.cpu_worker", "CPUWorker"),
+        "AudioGPUWorker": ("vllm.v1.worker.gpu_worker", "Worker"),
+    }
+    if name not in places:
         raise AttributeError(f"module {__name__} has no attribute {name!r}")
+    module, base_name = places[name]
+    base = getattr(import_module(module), base_name)
     made = type(name, (AudioWorker, base), {"__module__": __name__})
     globals()[name] = made
     return made

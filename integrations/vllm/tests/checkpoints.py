@@ -20,6 +20,7 @@ from mllm_audio.generation.text import TextConfig
 from mllm_audio.generation.voice import GENERATION_FILE, Voice
 from mllm_audio.heads.base import HeadConfig
 from mllm_audio.text import SpecialIds, train_text_tokenizer
+from mllm_audio.tokenizers import DCTTokenizer
 
 TEXTS = [
     "the quick brown fox jumps over the lazy dog",
@@ -71,9 +72,17 @@ DEFAULTS = GenerationConfig(
 
 
 def write_voice(
-    folder: Path, family: str = "llama", head: str = "flow", max_tokens: int = 64
+    folder: Path,
+    family: str = "llama",
+    head: str = "flow",
+    *,
+    max_tokens: int = 64,
+    audible: bool = False,
 ) -> Path:
-    """Write a voice whose every weight is random, and which opens spans of its own accord."""
+    """Write a voice whose every weight is random, and which opens spans of its own accord.
+
+    Its latents are far apart; where it is `audible`, they are those of quiet noise.
+    """
     tokenizer = train_text_tokenizer(TEXTS, vocab_size=320, special_tokens=["<|end|>"])
     tokenizer.eos_token = "<|end|>"
     tokenizer.chat_template = TEMPLATE
@@ -96,13 +105,21 @@ def write_voice(
         for parameter in model.audio.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
         model.audio.end_of_audio.bias.fill_(-1.5)
-        model.audio.set_statistics(torch.full((128,), 0.5), torch.linspace(0.5, 2.0, 128))
+        mean, std = torch.full((128,), 0.5), torch.linspace(0.5, 2.0, 128)
+        model.audio.set_statistics(*(_of_noise() if audible else (mean, std)))
         # So loud a row is the likeliest one in every few states.
         model.backbone.get_output_embeddings().weight[special.audio_start] *= 8
     voice = Voice(model.eval(), model.text_tokenizer, None, DEFAULTS)
     model.save_pretrained(folder)
     (folder / GENERATION_FILE).write_text(json.dumps(to_dict(voice.defaults)))
     return folder
+
+
+def _of_noise() -> tuple[torch.Tensor, torch.Tensor]:
+    """Give mean and a small deviation of the latents of quiet noise."""
+    noise = 0.1 * torch.randn(4, 16000, generator=torch.Generator().manual_seed(2))
+    latents = DCTTokenizer().encode(noise).flatten(0, 1)  # (N, D)
+    return latents.mean(0), 0.1 * latents.std(0)
 
 
 @dataclass

@@ -6,8 +6,8 @@ import itertools
 from dataclasses import dataclass, field
 
 import torch
-
 from checkpoints import DEFAULTS, Expected, Reference
+
 from mllm_audio.data.layout import Audio
 from mllm_audio.generation.decode import GenerationConfig
 from mllm_audio_vllm.options import AudioOptions

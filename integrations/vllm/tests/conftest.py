@@ -18,6 +18,7 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from checkpoints import LIMIT, Reference, write_voice
+
 from mllm_audio_vllm import frames
 from mllm_audio_vllm.checks import ADDRESS
 
@@ -28,11 +29,12 @@ def voices(tmp_path_factory):
     folder = tmp_path_factory.mktemp("voices")
     made = {}
 
-    def voice(family="llama", head="flow"):
-        if (family, head) not in made:
-            path = write_voice(folder / f"{family}-{head}", family, head)
-            made[family, head] = path, Reference(path)
-        return made[family, head]
+    def voice(family="llama", head="flow", *, audible=False):
+        name = f"{family}-{head}" + "-audible" * audible
+        if name not in made:
+            path = write_voice(folder / name, family, head, audible=audible)
+            made[name] = path, Reference(path)
+        return made[name]
 
     return voice
 

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-
 from checkpoints import DEFAULTS, exact
 from compare import Request, check, differences, run, stats
 from conftest import engine
+
 from mllm_audio.data.layout import Audio
 
 TEXTS = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import replace
@@ -100,7 +100,7 @@ class VllmEngine:
         seed: int,
         max_tokens: int | None = None,
         continue_final_message: bool = False,
-    ) -> AsyncIterator[Event]:
+    ) -> AsyncGenerator[Event, None]:
         """Reply to a conversation; see `Engine.reply`."""
         if not self.chats:
             raise ValueError(
@@ -138,7 +138,7 @@ class VllmEngine:
 
     async def speak(
         self, caption: str, config: GenerationConfig, *, seed: int
-    ) -> AsyncIterator[AudioChunk | Finished]:
+    ) -> AsyncGenerator[AudioChunk | Finished, None]:
         """Make the sound of a caption; see `Engine.speak`."""
         room = self._room(config)
         prompt = await self._run(self._prompt, caption, config)
@@ -177,19 +177,23 @@ class VllmEngine:
 
     async def _events(
         self, prepared: Prepared, options: AudioOptions, sampling: dict[str, Any], text: TextConfig
-    ) -> AsyncIterator[Event]:
+    ) -> AsyncGenerator[Event, None]:
         """Run a request, and tell its reply."""
         from vllm import SamplingParams
+        from vllm.exceptions import VLLMClientError
         from vllm.sampling_params import RequestOutputKind
 
         key = uuid.uuid4().hex
-        params = SamplingParams(
-            **sampling,
-            seed=options.seed % 2**63,
-            output_kind=RequestOutputKind.DELTA,
-            detokenize=False,
-            extra_args=replace(options, key=key).to_extra_args(),
-        )
+        try:
+            params = SamplingParams(
+                **sampling,
+                seed=options.seed % 2**63,
+                output_kind=RequestOutputKind.DELTA,
+                detokenize=False,
+                extra_args=replace(options, key=key).to_extra_args(),
+            )
+        except VLLMClientError as error:
+            raise ValueError(str(error)) from error
         # The salt: equal placeholder ids stand for other latents in every request.
         prompt = {"prompt_token_ids": prepared.ids, "cache_salt": key}
         teller = self._teller(prepared, options.generation, text.stop_strings)
