@@ -237,7 +237,8 @@ def test_dct_fingerprint_follows_what_changes_latents():
 
 
 @pytest.mark.parametrize(
-    "settings", [{"patch_size": 12}, {"num_coefficients": 257}, {"num_iterations": 0}]
+    "settings",
+    [{"patch_size": 12}, {"num_coefficients": 257}, {"num_iterations": 0}, {"look_ahead": -1}],
 )
 def test_dct_settings_out_of_range_are_refused(settings):
     ((name, value),) = settings.items()

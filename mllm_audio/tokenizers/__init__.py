@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from mllm_audio.tokenizers.audioldm import AudioLDMTokenizer
-from mllm_audio.tokenizers.base import AudioTokenizer, num_columns
+from mllm_audio.tokenizers.base import AudioTokenizer, ColumnDecoder, num_columns
 from mllm_audio.tokenizers.dct import DCTConfig, DCTTokenizer
 
 __all__ = [
     "TOKENIZERS",
     "AudioLDMTokenizer",
     "AudioTokenizer",
+    "ColumnDecoder",
     "DCTConfig",
     "DCTTokenizer",
     "load_tokenizer",

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mllm_audio.tokenizers import mel
+from mllm_audio.tokenizers.windows import WindowedDecoder
 
 PATCH_SIZE = 4  # VAE latent frames, and bands, of one token
 FILES = {  # what a checkpoint must hold, by subfolder
@@ -36,7 +37,7 @@ class AudioLDMTokenizer:
     weights_license = "CC-BY-NC-SA-4.0"
     sample_rate = mel.SAMPLE_RATE
     hop_length = mel.HOP_LENGTH
-    decode_context = 4  # the VAE's attention sees the whole clip: an overlap only hides the seam
+    decode_context = 4  # columns; the VAE's attention sees the whole clip, so no number is exact
 
     def __init__(self, vae: Any, vocoder: Any, weights_hash: str) -> None:
         """Wrap a `diffusers.AutoencoderKL` and a `transformers.SpeechT5HifiGan`.
@@ -126,6 +127,22 @@ class AudioLDMTokenizer:
         log_mel = self._vae.to(maps.device).decode(maps).sample[:, 0]  # (B, F, 64)
         waveforms = self._vocoder.to(maps.device)(log_mel)  # (B, F * 160 + 32)
         return waveforms[:, : num_tokens // self.tokens_per_column * self.samples_per_column]
+
+    def stream(self, chunk_columns: int = 2, look_ahead: int = 2) -> WindowedDecoder:
+        """Begin to decode latents that arrive in time; the samples are near those of `decode`.
+
+        Columns are handed out `chunk_columns` at a time, each chunk once `look_ahead` more have
+        come: windows of `decode_context` + `chunk_columns` + `look_ahead` columns.
+        """
+        return WindowedDecoder(
+            self.decode,
+            tokens_per_column=self.tokens_per_column,
+            samples_per_column=self.samples_per_column,
+            sample_rate=self.sample_rate,
+            chunk_columns=chunk_columns,
+            context=self.decode_context,
+            look_ahead=look_ahead,
+        )
 
 
 def patchify(maps: Tensor) -> Tensor:

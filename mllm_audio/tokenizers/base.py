@@ -8,6 +8,20 @@ from typing import Protocol
 from torch import Tensor
 
 
+class ColumnDecoder(Protocol):
+    """Decode a clip, or a batch of clips of one length, whose columns arrive in time.
+
+    The samples that come out do not depend on how columns are portioned, and are as many as
+    `AudioTokenizer.decode` gives. What is kept does not grow with the clip.
+    """
+
+    def push(self, latents: Tensor) -> Tensor:
+        """Take (B, N, D) latents of whole columns; return the (B, S) samples they settle."""
+
+    def finish(self) -> Tensor:
+        """Return the (B, S) samples that are left; at least one column must have been pushed."""
+
+
 class AudioTokenizer(Protocol):
     """Turn waveforms into a sequence of continuous latents, and back.
 
@@ -22,7 +36,6 @@ class AudioTokenizer(Protocol):
     latent_dim: int  # D
     tokens_per_column: int  # latents that share one time column
     samples_per_column: int  # samples of one time column
-    decode_context: int  # columns of context on each side that a chunked decode needs
 
     @property
     def fingerprint(self) -> str:
@@ -41,6 +54,9 @@ class AudioTokenizer(Protocol):
         Raises:
             ValueError: if N is not a whole number of columns.
         """
+
+    def stream(self) -> ColumnDecoder:
+        """Begin to decode latents that arrive in time."""
 
 
 def num_columns(tokenizer: AudioTokenizer, num_samples: int) -> int:
