@@ -163,13 +163,14 @@ def flac_bytes(samples: np.ndarray, sample_rate: int) -> bytes:
 
 
 class FlacStream:
-    """Encode a waveform as 16 bit FLAC while it comes.
+    """Encode a waveform of known length as 16 bit FLAC while it comes.
 
-    What was returned is never changed, so the header keeps saying that length and checksum are
-    unknown, which the format allows.
+    What was returned is never changed, so the header says that the checksum is unknown, which the
+    format allows. It allows that of the length too, but libsndfile does not read such files.
     """
 
-    def __init__(self, sample_rate: int) -> None:
+    def __init__(self, sample_rate: int, num_samples: int) -> None:
+        self.num_samples, self.has_header = num_samples, False
         self.sink = _Sink()
         self.file = soundfile.SoundFile(
             self.sink, "w", sample_rate, channels=1, subtype="PCM_16", format="FLAC"
@@ -178,12 +179,21 @@ class FlacStream:
     def push(self, samples: np.ndarray) -> bytes:
         """Take the next (S,) int16 samples; return the frames that are complete."""
         self.file.write(samples)
-        return self.sink.take()
+        return self._taken()
 
     def finish(self) -> bytes:
         """Return the rest."""
         self.file.close()
-        return self.sink.take()
+        return self._taken()
+
+    def _taken(self) -> bytes:
+        """Take what was written, the length in its header."""
+        data = self.sink.take()
+        if self.has_header or not data:
+            return data
+        self.has_header = True
+        high, low = divmod(self.num_samples, 2**32)  # 36 bits at the end of 26 bytes
+        return data[:21] + bytes([data[21] | high]) + low.to_bytes(4, "big") + data[26:]
 
 
 class _Sink(io.RawIOBase):

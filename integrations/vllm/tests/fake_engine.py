@@ -34,6 +34,7 @@ class FakeEngine:
 
     model_name = "fake"
     sample_rate = RATE
+    frame_rate = 25.0
     max_seconds = 10.0
     defaults = GenerationConfig(guidance_weight=2.0, num_inference_steps=8)
 

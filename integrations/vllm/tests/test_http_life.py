@@ -113,7 +113,7 @@ def test_eight_streams_at_once_hold_their_own_sound(server):
 
 @pytest.mark.parametrize("audio_format", ["wav", "flac", "pcm"])
 def test_client_that_leaves_a_sound_cancels_it_at_once(server, audio_format):
-    body = {"input": "endless", "response_format": audio_format}
+    body = {"input": "endless", "response_format": audio_format, "mllm_audio": {"seconds": 9}}
     with httpx.stream("POST", f"{server.url}/v1/audio/speech", json=body) as response:
         assert response.status_code == 200
         next(response.iter_bytes(100))

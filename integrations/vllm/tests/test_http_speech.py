@@ -39,26 +39,28 @@ def say(client, caption="rain", **options):
     return client.audio.speech.create(**{**given, **options})
 
 
+@pytest.mark.parametrize("seconds", [len(SOUND) / RATE, None])
 @pytest.mark.parametrize("audio_format", ["wav", "flac", "pcm"])
-def test_sound_is_that_of_the_engine(client, server, audio_format):
-    options = {"extra_body": {"seed": 3, "mllm_audio": {"guidance_weight": 1, "seconds": 2}}}
+def test_sound_is_that_of_the_engine(client, server, audio_format, seconds):
+    """Any reader reads it, whether its length was known before it was made or not."""
+    own = {"guidance_weight": 1, "num_inference_steps": 8, "seconds": seconds}
+    options = {"extra_body": {"seed": 3, "mllm_audio": own}}
     response = say(client, response_format=audio_format, **options)
     assert response.response.headers["content-type"] == f"audio/{audio_format}"
     assert response.response.headers["x-sample-rate"] == str(RATE)
-    data = bytearray(response.content)
+    data = response.content
     if audio_format == "wav":
-        assert data[4:8] == data[40:44] == b"\xff" * 4  # open-ended
-    if audio_format == "flac":
-        data[22:26] = len(SOUND).to_bytes(4, "big")  # libsndfile alone wants the length
+        size = b"\xff" * 4 if seconds is None else (2 * len(SOUND)).to_bytes(4, "little")
+        assert data[40:44] == size
     if audio_format == "pcm":
         samples = np.frombuffer(data, "<i2")
     else:
-        samples, rate = soundfile.read(io.BytesIO(bytes(data)), dtype="int16")
+        samples, rate = soundfile.read(io.BytesIO(data), dtype="int16")
         assert rate == RATE
     assert np.array_equal(samples, SOUND)
     asked = server.engine.requests[-1]
     assert (asked["caption"], asked["seed"]) == ("rain", 3)
-    expected_config = GenerationConfig(guidance_weight=1, num_inference_steps=8, seconds=2)
+    expected_config = GenerationConfig(guidance_weight=1, num_inference_steps=8, seconds=seconds)
     assert asked["config"] == expected_config
 
 
@@ -101,7 +103,8 @@ def test_model_of_captions_alone_does_not_chat():
 def test_model_says_what_it_is(server):
     said = httpx.get(f"{server.url}/v1/audio/model").json()
     assert said.pop("defaults")["num_inference_steps"] == 8
-    assert said == {"model": "fake", "sample_rate": RATE, "max_seconds": 10.0, "chats": True}
+    expected_values = {"model": "fake", "sample_rate": RATE, "frame_rate": 25.0}
+    assert said == {**expected_values, "max_seconds": 10.0, "chats": True}
 
 
 def test_stats_count_requests_and_states(server):

@@ -34,6 +34,7 @@ class Engine(Protocol):
 
     model_name: str  # as clients call it
     sample_rate: int  # Hz, of every chunk
+    frame_rate: float  # latents per second of sound
     max_seconds: float  # of one span of audio
     chats: bool  # false for models that make sounds of captions alone: `reply` refuses
     defaults: GenerationConfig  # of the checkpoint

@@ -24,11 +24,15 @@ class Encoder(Protocol):
         """Return the rest."""
 
 
-def new_encoder(audio_format: str, sample_rate: int) -> Encoder:
-    """Begin a sound file: wav, flac, or pcm, which is samples alone."""
+def new_encoder(audio_format: str, sample_rate: int, num_samples: int | None) -> Encoder:
+    """Begin a sound file: wav, flac, or pcm, which is samples alone.
+
+    Flac whose length is not known comes as a whole at the end: its header states it.
+    """
     if audio_format == "flac":
-        return _Flac(sample_rate)
-    return _Pcm(wav_header(sample_rate, None) if audio_format == "wav" else b"")
+        return _WholeFlac(sample_rate) if num_samples is None else _Flac(sample_rate, num_samples)
+    header = wav_header(sample_rate, num_samples and 2 * num_samples)
+    return _Pcm(header if audio_format == "wav" else b"")
 
 
 def encode(waveform: Tensor, audio_format: str, sample_rate: int) -> bytes:
@@ -70,11 +74,25 @@ class _Pcm:
 class _Flac:
     """FLAC frames."""
 
-    def __init__(self, sample_rate: int) -> None:
-        self.stream = wav.FlacStream(sample_rate)
+    def __init__(self, sample_rate: int, num_samples: int) -> None:
+        self.stream = wav.FlacStream(sample_rate, num_samples)
 
     def push(self, waveform: Tensor) -> bytes:
         return self.stream.push(to_int16(waveform))
 
     def finish(self) -> bytes:
         return self.stream.finish()
+
+
+class _WholeFlac:
+    """A FLAC file, all of it at the end."""
+
+    def __init__(self, sample_rate: int) -> None:
+        self.sample_rate, self.samples = sample_rate, [np.zeros(0, np.int16)]
+
+    def push(self, waveform: Tensor) -> bytes:
+        self.samples.append(to_int16(waveform))
+        return b""
+
+    def finish(self) -> bytes:
+        return wav.flac_bytes(np.concatenate(self.samples), self.sample_rate)

@@ -69,6 +69,7 @@ class VllmEngine:
         self.limit: int = vllm_config.model_config.max_model_len
         self.is_guided = bool(own.get("guidance", True))
         self.sample_rate, self.max_seconds = self.tokenizer.sample_rate, self.audio.max_seconds
+        self.frame_rate = self.audio.tokens_per_column / self.audio.column_seconds
         self.chats = not self.audio.prompt_streams
         self.defaults = self._read_defaults(folder)
         self.end_ids = self._read_end_ids(folder) if self.chats else set()

@@ -108,6 +108,7 @@ class Server:
             {
                 "model": engine.model_name,
                 "sample_rate": engine.sample_rate,
+                "frame_rate": engine.frame_rate,
                 "max_seconds": engine.max_seconds,
                 "chats": engine.chats,
                 "defaults": to_dict(engine.defaults),
@@ -149,7 +150,7 @@ def mount(
 def find_core(app: FastAPI) -> ASGIApp | None:
     """Find vLLM's own handler of chats, which keeps those without audio."""
     for route in app.routes:
-        if isinstance(route, APIRoute) and route.path == CHAT and "POST" in route.methods:
+        if isinstance(route, APIRoute) and route.path == CHAT and "POST" in (route.methods or ()):
             return route.app
     return None
 

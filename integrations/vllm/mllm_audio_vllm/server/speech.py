@@ -22,14 +22,16 @@ async def speak(
         RequestError: if it cannot be answered, or the model makes no sound.
     """
     config = request.mllm_audio.to_config(engine.defaults)
-    encoder = new_encoder(request.response_format, engine.sample_rate)
+    seconds, rate = config.seconds, engine.sample_rate
+    num_samples = None if seconds is None else round(seconds * rate)
+    encoder = new_encoder(request.response_format, rate, num_samples)
     source = engine.speak(request.input, config, seed=seed)
     async with aclosing(told(source, record)) as events:
         async for event in events:
             if not isinstance(event, AudioChunk) or not len(event.waveform):
                 continue
             if not sender.started:
-                headers = {"X-Sample-Rate": str(engine.sample_rate)}
+                headers = {"X-Sample-Rate": str(rate)}
                 await sender.start(CONTENT_TYPES[request.response_format], headers)
             await sender.write(encoder.push(event.waveform))
     if not sender.started:
