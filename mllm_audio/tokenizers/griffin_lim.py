@@ -112,11 +112,10 @@ class GriffinLim:
         for _ in range(num_steps):
             found = mel.stft(self._add(self._frames) / weight)  # (B, F, 513)
             magnitudes = self._scale_to_mel(_magnitudes(found), self._wanted)
-            ahead = found.clone()
-            known = self._previous.shape[1]
-            ahead[:, :known] += self._momentum * (found[:, :known] - self._previous)
-            scales = magnitudes / _magnitudes(ahead).clamp_min(1e-9)
-            self._frames = torch.view_as_complex(torch.view_as_real(ahead) * scales[..., None])
+            # The newest frames have no step before this one: no momentum.
+            before = torch.cat([self._previous, found[:, self._previous.shape[1] :]], dim=1)
+            ahead = torch.add(found, found - before, alpha=self._momentum)
+            self._frames = ahead * (magnitudes / _magnitudes(ahead).clamp_min(1e-9))
             self._previous = found
 
     def _settle(self, num_frames: int) -> Tensor:
@@ -192,10 +191,9 @@ def _magnitudes(spectrum: Tensor) -> Tensor:
 def _add_frames(frames: Tensor) -> Tensor:
     """Add (B, F, 1024) frames at their places: (B, F * HOP_LENGTH + OVERLAP)."""
     batch, num_frames, length = frames.shape
-    hop = mel.HOP_LENGTH
-    blocks = math.ceil(length / hop)
-    frames = functional.pad(frames, (0, blocks * hop - length)).unflatten(2, (blocks, hop))
-    total = frames.new_zeros(batch, num_frames + blocks - 1, hop)
-    for block in range(blocks):
-        total[:, block : block + num_frames] += frames[:, :, block]
-    return total.flatten(1)[:, : num_frames * hop + length - hop]
+    total = frames.new_zeros(batch, num_frames * mel.HOP_LENGTH + length - mel.HOP_LENGTH)
+    places = total.unfold(1, length, mel.HOP_LENGTH)  # (B, F, 1024), a view
+    apart = math.ceil(length / mel.HOP_LENGTH)
+    for first in range(apart):  # frames so far apart do not overlap
+        places[:, first::apart] += frames[:, first::apart]
+    return total
