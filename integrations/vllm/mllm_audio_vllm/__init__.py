@@ -7,6 +7,7 @@ another model is served.
 from __future__ import annotations
 
 ARCHITECTURE = "AudioLanguageModel"  # in the config.json of every mllm-audio checkpoint
+KEY = "mllm_audio"  # of our options in a request's extra_args, and in vLLM's additional_config
 
 
 def register() -> None:

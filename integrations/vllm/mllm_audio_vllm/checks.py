@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
-from mllm_audio_vllm.options import KEY
+from mllm_audio_vllm import KEY
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -7,8 +7,7 @@ from typing import Any
 
 from mllm_audio.config import from_dict, to_dict
 from mllm_audio.generation.decode import GenerationConfig
-
-KEY = "mllm_audio"  # in extra_args, and in vLLM's additional_config
+from mllm_audio_vllm import KEY
 
 
 @dataclass(frozen=True, kw_only=True)

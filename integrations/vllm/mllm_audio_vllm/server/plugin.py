@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import FastAPI
 
 from mllm_audio.listening.server import is_loopback
-from mllm_audio_vllm.options import KEY
+from mllm_audio_vllm import ARCHITECTURE, KEY
 from mllm_audio_vllm.server.bounds import Bounds
 from mllm_audio_vllm.server.routes import Holder, mount
 
@@ -33,7 +33,6 @@ class ServerPlugin:
         Raises:
             ValueError: if there are several API servers, or the model has no voice.
         """
-        from mllm_audio_vllm import ARCHITECTURE
         from mllm_audio_vllm.server.engine import VllmEngine
 
         if engine_client is None:
