@@ -179,20 +179,6 @@ def test_dct_sound_depends_on_nothing_behind_its_look_ahead():
     assert not torch.equal(found[settled : settled + COLUMN], expected[settled : settled + COLUMN])
 
 
-@pytest.mark.parametrize("num_columns", [1, 2, 6])
-@pytest.mark.parametrize(("num_iterations", "look_ahead"), [(48, 1), (10, 3), (1, 1)])
-def test_every_frame_takes_all_its_steps(monkeypatch, num_columns, num_iterations, look_ahead):
-    steps = []
-    monkeypatch.setattr(
-        GriffinLim,
-        "_revise",
-        lambda self, num_steps: steps.append(num_steps * self._frames.shape[1]),
-    )
-    tokenizer = DCTTokenizer(DCTConfig(num_iterations=num_iterations, look_ahead=look_ahead))
-    tokenizer.decode(latents_of(tokenizer, num_columns)[None])
-    assert sum(steps) == num_columns * 16 * num_iterations
-
-
 def test_dct_stream_carries_a_tone_from_column_to_column():
     """Far from its start, where the phases have turned ten thousand times, its pitch is right."""
     tokenizer = DCTTokenizer(DCTConfig(num_iterations=3))
