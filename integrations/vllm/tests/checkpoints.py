@@ -10,6 +10,8 @@ import torch
 import transformers
 
 from mllm_audio import AdaptConfig, AudioConfig, AudioLanguageModel
+from mllm_audio.build import build_model
+from mllm_audio.conditioners.words import Words
 from mllm_audio.config import to_dict
 from mllm_audio.data.layout import Text
 from mllm_audio.data.messages import Message, TextPart, render, to_row
@@ -19,7 +21,8 @@ from mllm_audio.generation.rows import Rows
 from mllm_audio.generation.text import TextConfig
 from mllm_audio.generation.voice import GENERATION_FILE, Voice
 from mllm_audio.heads.base import HeadConfig
-from mllm_audio.text import SpecialIds, train_text_tokenizer
+from mllm_audio.presets import get_preset
+from mllm_audio.text import SpecialIds, train_text_tokenizer, wordless_tokenizer
 from mllm_audio.tokenizers import DCTTokenizer
 
 TEXTS = [
@@ -112,6 +115,25 @@ def write_voice(
     voice = Voice(model.eval(), model.text_tokenizer, None, DEFAULTS)
     model.save_pretrained(folder)
     (folder / GENERATION_FILE).write_text(json.dumps(to_dict(voice.defaults)))
+    return folder
+
+
+def write_prompted(folder: Path) -> Path:
+    """Write a model of the paper at small scale, prompted by embeddings of captions alone."""
+    config = get_preset("audiomntp_base_small")
+    audio = replace(
+        config.audio, conditioner="words", conditioner_fingerprint=Words.fingerprint, max_tokens=16
+    )
+    torch.manual_seed(3)
+    text_tokenizer = wordless_tokenizer()
+    model = build_model(replace(config, audio=audio), len(text_tokenizer))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.audio.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        model.audio.set_statistics(*_of_noise())
+    defaults = GenerationConfig(num_inference_steps=4, guidance_scale=3.0)  # annealed, the paper's
+    Voice(model.eval(), text_tokenizer, DCTTokenizer(), defaults).save(folder)
     return folder
 
 
@@ -223,4 +245,4 @@ def exact(seconds: float, **changes) -> GenerationConfig:
     return replace(DEFAULTS, seconds=seconds, **changes)
 
 
-__all__ = ["DEFAULTS", "LIMIT", "Expected", "Reference", "exact", "write_voice"]
+__all__ = ["DEFAULTS", "LIMIT", "Expected", "Reference", "exact", "write_prompted", "write_voice"]

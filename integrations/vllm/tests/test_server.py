@@ -106,8 +106,9 @@ def pcm(data: str) -> np.ndarray:
 
 
 def decibels(found: np.ndarray, wanted: np.ndarray) -> float:
-    """Give the error relative to the signal."""
+    """Give the error relative to the signal, as loud as 16 bits can be."""
     assert found.shape == wanted.shape, (found.shape, wanted.shape)
+    wanted = np.clip(wanted, -1, 1)
     error = np.sqrt(np.mean((found - wanted) ** 2))
     return 20 * np.log10(max(error, 1e-9) / np.sqrt(np.mean(wanted**2)))
 
