@@ -117,10 +117,12 @@ class TextDelta:
 
 @dataclass(frozen=True)
 class AudioChunk:
-    """The next piece of a span of audio in a reply; in this version a whole span."""
+    """The next piece of a span of audio: all of it from a `Voice`, less from a server."""
 
     waveform: Tensor  # (S,) float32, mono, nominally in [-1, 1]
     sample_rate: int  # Hz
     span: int  # number of the span in the reply, from 0
-    latents: Tensor  # (N, D) of this piece, as the tokenizer makes them
+    # (N, D) that came since the last piece, as the tokenizer makes them; while a span goes on they
+    # are ahead of its samples by the decoder's look-ahead
+    latents: Tensor
     last: bool = True  # nothing more of the span follows
