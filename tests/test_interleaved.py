@@ -549,3 +549,46 @@ def test_an_adapter_replies_beside_its_base_wherever_that_is_now(base, tmp_path)
     assert voice.text_tokenizer is voice.model.text_tokenizer
     script(voice, "a low", start(voice))
     assert [type(part) for part in voice.reply(ASK).parts] == [TextPart, AudioPart]
+
+
+def test_streamed_audio_is_the_same_bit_for_bit(voice):
+    """Text in the same places, each span in chunks, the last of them marked; a seam is exact."""
+    config = replace(CONFIG, seconds=0.6)  # cut within its last column
+    special = SpecialIds.of(voice.text_tokenizer)
+    script(voice, "yes", special.audio_start, "and", special.audio_start)
+    whole = list(voice.generate_interleaved(ASK, config, seed=2))
+    script(voice, "yes", special.audio_start, "and", special.audio_start)
+    pieces = list(voice.generate_interleaved(ASK, config, seed=2, stream_audio=True))
+    spans = [event for event in whole if isinstance(event, AudioChunk)]
+    assert len(spans) == 2
+    for span in spans:
+        chunks = [e for e in pieces if isinstance(e, AudioChunk) and e.span == span.span]
+        assert len(chunks) > 2 and [chunk.last for chunk in chunks[-2:]] == [False, True]
+        assert torch.equal(torch.cat([chunk.waveform for chunk in chunks]), span.waveform)
+        assert torch.equal(torch.cat([chunk.latents for chunk in chunks]), span.latents)
+    assert "".join(e.text for e in pieces if isinstance(e, TextDelta)) == "".join(
+        e.text for e in whole if isinstance(e, TextDelta)
+    )
+
+
+def test_a_caption_streams_what_generate_makes(voice):
+    config = replace(CONFIG, seconds=0.64)
+    (clip,) = voice.generate(["two high beeps"], config, seed=5)
+    chunks = voice.stream("two high beeps", config, seed=5)
+    first = next(chunks)
+    assert 0 < len(first.waveform) <= 4 * 2560 and not first.last  # after at most four columns
+    rest = list(chunks)
+    assert rest[-1].last
+    assert torch.equal(torch.cat([c.waveform for c in [first, *rest]]), clip.waveform)
+
+
+def test_a_continued_recording_streams_its_new_sound_alone(voice):
+    given = AudioPart(torch.randn(8, 128, generator=torch.Generator().manual_seed(4)))
+    messages = [Message("user", (TextPart("go on"),)), Message("assistant", (given,))]
+    config = replace(CONFIG, seconds=0.64)
+    options = {"seed": 1, "continue_final_message": True}
+    (span, *_) = voice.generate_interleaved(messages, config, **options)
+    pieces = voice.generate_interleaved(messages, config, **options, stream_audio=True)
+    chunks = [event for event in pieces if isinstance(event, AudioChunk) and event.span == 0]
+    assert torch.equal(torch.cat([chunk.waveform for chunk in chunks]), span.waveform)
+    assert len(span.waveform) == 2 * 2560

@@ -59,6 +59,13 @@ def parse_messages(values: Any, where: str) -> tuple[Message, ...]:
     return tuple(_message(v, f"{where}: message {n}") for n, v in enumerate(values, 1))
 
 
+def as_messages(values: Any, where: str) -> tuple[Message, ...]:
+    """Take `Message`s as they are, or read them by `parse_messages`."""
+    if values and all(isinstance(message, Message) for message in values):
+        return tuple(values)
+    return parse_messages(values, where)
+
+
 def render(
     messages: Sequence[Message],
     text_tokenizer: PreTrainedTokenizerBase,

@@ -14,7 +14,7 @@ from mllm_audio.config import check_range
 from mllm_audio.data.layout import Prompt, stacked
 from mllm_audio.diffusion.noise import Noise
 from mllm_audio.generation.rows import Rows, text_batch
-from mllm_audio.heads.base import SamplingConfig
+from mllm_audio.heads.base import SamplingConfig, check_eta
 from mllm_audio.modality import AudioConfig
 from mllm_audio.model import AudioLanguageModel
 from mllm_audio.text import SpecialIds
@@ -36,12 +36,18 @@ class GenerationConfig:
     schedule is MAR's: it rises from no guidance to the given value with the share that is decoded.
     """
 
-    num_inference_steps: int = 100  # head calls per latent (midpoint: two a step)
+    num_inference_steps: int = 100  # head calls per latent (midpoint, heun: two a step)
+    # the same at the last latent of a span, and evenly in between: later latents need fewer
+    # (DiSA, Zhao et al. 2025, arXiv:2505.20297); None = num_inference_steps
+    final_inference_steps: int | None = None
     sampler: str | None = None  # key in SAMPLERS; None = the head's own
+    eta: float = 0.0  # of sampler ddim: share of ddpm's noise that a step adds
     guidance_scale: float = 7.0  # MAR's s
     guidance_weight: float | None = None  # the paper's w; takes the place of guidance_scale
     guidance_schedule: str = "annealed"  # in GUIDANCE_SCHEDULES
-    temperature: float = 1.0  # scales the standard deviation of the sampling noise
+    # scales the standard deviation of the sampling noise: where the chain starts and what it adds;
+    # of ddpm only what it adds
+    temperature: float = 1.0
     seconds: float | None = None  # exact duration; None lets the end-of-audio output decide
     min_seconds: float = 0.16  # never end before
     max_seconds: float | None = None  # always end by; None = the model's longest clip
@@ -62,7 +68,9 @@ class GenerationConfig:
                 f"unknown decoding order {self.decoding_order!r}, "
                 f"expected one of {', '.join(DECODING_ORDERS)}"
             )
-        check_range("generation", self, 1, 10_000, "num_inference_steps", "decoding_steps")
+        check_range("generation", self, 1, 10_000, "num_inference_steps", "final_inference_steps")
+        check_range("generation", self, 1, 10_000, "decoding_steps")
+        check_eta(self.eta, self.sampler)
         check_range("generation", self, 0, 10, "temperature")
         check_range("generation", self, -1000, 1000, "guidance_scale", "guidance_weight")
         check_range("generation", self, 0, 86_400, "seconds", "max_seconds", open_low=True)
@@ -80,6 +88,23 @@ class GenerationConfig:
             share = (position + 1) / num_tokens
             return 1.0 + (extra + first - 1.0) * share
         return extra + first
+
+    def steps_at(self, position: int, num_tokens: int) -> int:
+        """Return the sampling steps for the latent at `position` of `num_tokens`."""
+        if self.final_inference_steps is None or num_tokens < 2:
+            return self.num_inference_steps
+        change = self.final_inference_steps - self.num_inference_steps
+        return self.num_inference_steps + round(change * position / (num_tokens - 1))
+
+    def sampling_at(self, position: int, num_tokens: int) -> SamplingConfig:
+        """Resolve how the latent at `position` of `num_tokens` is drawn."""
+        return SamplingConfig(
+            sampler=self.sampler,
+            num_inference_steps=self.steps_at(position, num_tokens),
+            guidance_scale=self.scale_at(position, num_tokens),
+            temperature=self.temperature,
+            eta=self.eta,
+        )
 
     def is_guided(self, num_tokens: int) -> bool:
         """Tell whether a span of `num_tokens` needs the unconditional branch."""
@@ -193,13 +218,7 @@ def audio_span(
             active = active & ~audio.ends(cond, noise, config.end_threshold)
             if not bool(active.any()):
                 return
-        sampling = SamplingConfig(
-            sampler=config.sampler,
-            num_inference_steps=config.num_inference_steps,
-            guidance_scale=config.scale_at(index, longest),
-            temperature=config.temperature,
-        )
-        latents = audio.sample(cond, uncond, sampling, noise)  # (R, D)
+        latents = audio.sample(cond, uncond, config.sampling_at(index, longest), noise)  # (R, D)
         yield DecodeStep(latents, active)
         # In models without an end, the last latent of a span predicts nothing.
         rows.feed_latents(latents, index, audio.config.end_of_audio or index + 1 < longest)

@@ -23,12 +23,13 @@ from mllm_audio.types import AudioChunk, TextDelta
 
 
 @dataclass(frozen=True)
-class Span:
-    """A finished span of audio in a reply."""
+class SpanLatents:
+    """The next latents of a span of audio in a reply."""
 
-    index: int  # number in the reply, from 0
-    latents: Tensor  # (N, D) on the CPU, all of it
-    given: int  # how many of them the conversation held
+    index: int  # of the span in the reply, from 0
+    latents: Tensor  # (M, D) on the CPU; of a span that ends (0, D)
+    given: Tensor  # (N, D) that the conversation held of it
+    last: bool = False  # the span ends
 
 
 def span_seed(seed: int, index: int) -> int:
@@ -103,7 +104,7 @@ class Reply:
         self.room.check(self.length, len(self.given) if self.open_span else None)
 
     @torch.inference_mode()
-    def events(self) -> Iterator[TextDelta | Span]:
+    def events(self) -> Iterator[TextDelta | SpanLatents]:
         """Generate the reply, once; each piece comes as soon as it is certain."""
         ids = [token for p in self.row if isinstance(p, Text) for token in p.input_ids.tolist()]
         sampler = TextSampler(self.text, self.seed, ids)
@@ -170,16 +171,15 @@ class Reply:
         self.num_ids += 1
         return None if token in self.end_ids else token
 
-    def _span(self, rows: Rows, given: Tensor) -> Iterator[Span]:
+    def _span(self, rows: Rows, given: Tensor) -> Iterator[SpanLatents]:
         """Go on with a span of which (N, D) latents are fed, and close it."""
         longest = self.room.most(int(rows.positions[0]) - len(given))
         seed = span_seed(self.seed, self.num_spans)
-        steps = audio_span(rows, [seed], self.config, longest, first=len(given))
-        latents = torch.cat([given, *[step.latents.cpu() for step in steps]])
+        index, self.num_spans = self.num_spans, self.num_spans + 1
+        for step in audio_span(rows, [seed], self.config, longest, first=len(given)):
+            yield SpanLatents(index, step.latents.cpu(), given)
         rows.feed_id(self.special.audio_end)
-        if len(latents) > len(given):
-            yield Span(self.num_spans, latents, len(given))
-        self.num_spans += 1
+        yield SpanLatents(index, given[:0], given, last=True)
 
 
 def num_positions(row: ChatRow) -> int:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
+
 import torch
 from torch import Tensor
 
+from mllm_audio.generation.interleaved import SpanLatents
 from mllm_audio.tokenizers import AudioTokenizer
+from mllm_audio.types import AudioChunk, Clip, TextDelta
 
 
 class StreamingDecoder:
@@ -69,3 +73,105 @@ class StreamingDecoder:
     def _check_open(self) -> None:
         if self._finished:
             raise ValueError("this span has ended; make a StreamingDecoder for each span")
+
+
+class SpanDecoder:
+    """Turn the latents of one span of a reply into chunks of sound.
+
+    What streams sound does it through this: `Voice.stream`, `generate_interleaved` and servers.
+    """
+
+    def __init__(
+        self,
+        tokenizer: AudioTokenizer,
+        index: int = 0,
+        given: Tensor | None = None,
+        seconds: float | None = None,
+    ) -> None:
+        """Begin a span.
+
+        Args:
+            tokenizer: of the model.
+            index: of the span in the reply.
+            given: (N, D) latents that it goes on from; their sound is not told again.
+            seconds: its exact duration, `given` counted; None: as long as its latents last.
+        """
+        self._decoder, self._index = StreamingDecoder(tokenizer), index
+        self._given = given = torch.zeros(0, tokenizer.latent_dim) if given is None else given
+        self._sample_rate = tokenizer.sample_rate
+        columns = len(given) // tokenizer.tokens_per_column
+        self._skip = columns * tokenizer.samples_per_column
+        self._left = None if seconds is None else round(seconds * self._sample_rate) - self._skip
+        self._latents = [given[:0]]  # since the last chunk
+        self._any = False  # latent was added
+
+    def push(self, latents: Tensor) -> AudioChunk | None:
+        """Take the next (M, D) latents; return what sounds now, None while there are no samples."""
+        self._any |= bool(len(latents))
+        self._latents.append(latents)
+        both = torch.cat([self._given, latents])
+        self._given = self._given[:0]
+        waveform = self._cut(self._decoder.push(both))
+        return self._chunk(waveform, last=False) if len(waveform) else None
+
+    def finish(self) -> AudioChunk | None:
+        """End the span; return its last chunk, which may be silent, or None of an empty one."""
+        return self._chunk(self._cut(self._decoder.finish()), last=True) if self._any else None
+
+    def _cut(self, waveform: Tensor) -> Tensor:
+        """Leave out the sound that was given, and what is longer than asked for."""
+        skipped = min(self._skip, len(waveform))
+        self._skip -= skipped
+        waveform = waveform[skipped:]
+        if self._left is not None:
+            waveform = waveform[: self._left]
+            self._left -= len(waveform)
+        return waveform
+
+    def _chunk(self, waveform: Tensor, *, last: bool) -> AudioChunk:
+        latents, self._latents = torch.cat(self._latents), self._latents[:1]
+        return AudioChunk(waveform, self._sample_rate, self._index, latents, last)
+
+
+def tell_audio(
+    events: Iterable[TextDelta | SpanLatents], tokenizer: AudioTokenizer, seconds: float | None
+) -> Iterator[TextDelta | AudioChunk]:
+    """Decode the spans of a reply while they come.
+
+    Args:
+        events: of the reply.
+        tokenizer: of the model.
+        seconds: exact duration of each span; None: as long as its latents last.
+    """
+    decoder: SpanDecoder | None = None
+    for event in events:
+        if isinstance(event, TextDelta):
+            yield event
+            continue
+        decoder = decoder or SpanDecoder(tokenizer, event.index, event.given, seconds)
+        if event.last:
+            chunk, decoder = decoder.finish(), None
+        else:
+            chunk = decoder.push(event.latents)
+        if chunk is not None:
+            yield chunk
+
+
+def tell_whole_spans(
+    events: Iterable[TextDelta | SpanLatents],
+    tokenizer: AudioTokenizer,
+    to_clip: Callable[[Tensor], Clip],
+) -> Iterator[TextDelta | AudioChunk]:
+    """Decode each span of a reply when it ends, all of it at once, and cut off what was given."""
+    latents: list[Tensor] = []
+    for event in events:
+        if isinstance(event, TextDelta):
+            yield event
+        elif not event.last:
+            latents.append(event.latents)
+        elif latents:
+            new, latents = torch.cat(latents), []
+            clip = to_clip(torch.cat([event.given, new]))
+            columns = len(event.given) // tokenizer.tokens_per_column
+            waveform = clip.waveform[columns * tokenizer.samples_per_column :]
+            yield AudioChunk(waveform, clip.sample_rate, event.index, new)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,12 @@ from mllm_audio.audiomar import AudioMAR, decode_order
 from mllm_audio.conditioners import Conditioner
 from mllm_audio.config import from_dict, read_json, to_dict
 from mllm_audio.data.layout import Audio, Prompt, stacked
-from mllm_audio.data.messages import AudioPart, Message, TextPart, parse_messages, render, to_row
+from mllm_audio.data.messages import AudioPart, Message, TextPart, as_messages, render, to_row
 from mllm_audio.generation.decode import GenerationConfig, decode, token_limits
 from mllm_audio.generation.hear import hear
-from mllm_audio.generation.interleaved import Reply, Span, join
+from mllm_audio.generation.interleaved import Reply, join
 from mllm_audio.generation.prompts import caption_ids, embed, load_checked
+from mllm_audio.generation.stream import SpanDecoder, tell_audio, tell_whole_spans
 from mllm_audio.generation.text import TextConfig
 from mllm_audio.model import AudioLanguageModel, default_device
 from mllm_audio.models import Model, load_model
@@ -196,6 +197,7 @@ class Voice:
         *,
         seed: int = 0,
         continue_final_message: bool = False,
+        stream_audio: bool = False,
     ) -> Iterator[TextDelta | AudioChunk]:
         """Reply to a conversation with text, and with audio wherever the model opens a span.
 
@@ -211,6 +213,7 @@ class Voice:
             continue_final_message: go on with the last message, the assistant's. Where it ends in
                 audio the recording itself goes on: its chunk holds the new sound alone, while
                 durations in `config` count all of it. No chunk comes where nothing is added.
+            stream_audio: give audio in chunks while its span is generated.
 
         Raises:
             ValueError: at once, if the messages cannot be written or heard, or leave no room for a
@@ -218,9 +221,8 @@ class Voice:
         """
         self.check_has_text()
         config = config or self.defaults
-        parsed = _parsed(messages)
         pieces = render(
-            parsed,
+            as_messages(messages, "the conversation"),
             self.text_tokenizer,
             add_generation_prompt=not continue_final_message,
             continue_final_message=continue_final_message,
@@ -235,7 +237,10 @@ class Voice:
             seed=seed,
             open_span=continue_final_message and isinstance(row[-1], Audio),
         )
-        return (self._chunk(e, config) if isinstance(e, Span) else e for e in reply.events())
+        events, tokenizer = reply.events(), self.audio_tokenizer
+        if stream_audio:
+            return tell_audio(events, tokenizer, config.seconds)
+        return tell_whole_spans(events, tokenizer, partial(self.to_clip, config=config))
 
     def reply(
         self,
@@ -250,7 +255,7 @@ class Voice:
 
         Its audio is latents. With `continue_final_message` it is the last message, completed.
         """
-        parsed = _parsed(messages)
+        parsed = as_messages(messages, "the conversation")
         given: list[TextPart | AudioPart] = []  # what is continued, its audio as latents
         if continue_final_message:
             *head, last = parsed
@@ -270,16 +275,26 @@ class Voice:
         """Encode a path, a `Clip` or latents for a message; see `hear`."""
         return hear(audio, self.audio_tokenizer, self.model.audio.config)
 
-    def _chunk(self, span: Span, config: GenerationConfig) -> AudioChunk:
-        """Decode a span to sound, and cut off what was given."""
-        clip = self.to_clip(span.latents, config)
-        columns = span.given // self.audio_tokenizer.tokens_per_column
-        waveform = clip.waveform[columns * self.audio_tokenizer.samples_per_column :]
-        return AudioChunk(waveform, clip.sample_rate, span.index, span.latents[span.given :])
+    def stream(
+        self, caption: str, config: GenerationConfig | None = None, *, seed: int = 0
+    ) -> Iterator[AudioChunk]:
+        """Generate the clip of a caption, and give its sound while it is generated.
 
+        With the `dct` tokenizer the chunks behind one another are the clip of `generate`, bit for
+        bit; other tokenizers come near it.
 
-def _parsed(messages: Sequence[Message] | Sequence[dict[str, Any]]) -> tuple[Message, ...]:
-    """Take messages as they are, or from Hugging Face's form."""
-    if messages and all(isinstance(message, Message) for message in messages):
-        return tuple(m for m in messages if isinstance(m, Message))
-    return parse_messages(messages, "the conversation")
+        Args:
+            caption: description of the sound.
+            config: overrides the checkpoint's defaults.
+            seed: of the noise.
+        Raises:
+            ValueError: as `generate`; and for AudioMAR, which decodes in no order of time.
+        """
+        if isinstance(self.model, AudioMAR):
+            raise ValueError("AudioMAR decodes in no order of time; use generate")
+        config = config or self.defaults
+        prompts, special = self.prompts([caption], config), SpecialIds.of(self.text_tokenizer)
+        decoder = SpanDecoder(self.audio_tokenizer, seconds=config.seconds)
+        steps = decode(self.decoder, prompts, special, [seed], config)
+        yield from filter(None, (decoder.push(step.latents.cpu()) for step in steps))
+        yield from filter(None, [decoder.finish()])

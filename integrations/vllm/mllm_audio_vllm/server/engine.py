@@ -25,6 +25,7 @@ from mllm_audio.generation.hear import hear
 from mllm_audio.generation.interleaved import end_ids
 from mllm_audio.generation.prompts import caption_ids, embed, load_checked
 from mllm_audio.generation.room import Room
+from mllm_audio.generation.stream import SpanDecoder
 from mllm_audio.generation.text import TextConfig
 from mllm_audio.generation.voice import GENERATION_FILE
 from mllm_audio.pretrained import load_text_tokenizer
@@ -228,7 +229,8 @@ class VllmEngine:
         self, prepared: Prepared, config: GenerationConfig, stop_strings: Sequence[str]
     ) -> Teller:
         def new_sound(index: int, given: Tensor) -> Sound:
-            return Sound(self.tokenizer, index, given, config.seconds, self._run)
+            decoder = SpanDecoder(self.tokenizer, index, given, config.seconds)
+            return Sound(decoder, self.tokenizer.tokens_per_column, self._run)
 
         return Teller(
             self.special,

@@ -9,80 +9,41 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from mllm_audio.generation.stream import StreamingDecoder
+from mllm_audio.generation.stream import SpanDecoder
 from mllm_audio.generation.text import TextStream
 from mllm_audio.text import SpecialIds
-from mllm_audio.tokenizers import AudioTokenizer
 from mllm_audio.types import AudioChunk, TextDelta
 
 Run = Callable[..., Awaitable[Any]]  # calls a function with arguments, away from the event loop
 
 
 class Sound:
-    """One span of audio on its way to samples."""
+    """One span of audio on its way to samples, decoded away from the event loop."""
 
-    def __init__(
-        self,
-        tokenizer: AudioTokenizer,
-        index: int,
-        given: Tensor,
-        seconds: float | None,
-        run: Run,
-    ) -> None:
-        """Begin a span.
-
-        Args:
-            tokenizer: of the model.
-            index: of the span in the reply.
-            given: (N, D) latents that it goes on from; their sound is not told again.
-            seconds: its exact duration, `given` counted; None: as long as its latents last.
-            run: for the decoder.
-        """
-        self.tokenizer, self.index, self.run = tokenizer, index, run
-        self.decoder = StreamingDecoder(tokenizer)
-        self.waiting = [*given]  # latents of a column that is not complete
-        columns = len(given) // tokenizer.tokens_per_column
-        self.skip = columns * tokenizer.samples_per_column
-        self.left = None if seconds is None else round(seconds * tokenizer.sample_rate) - self.skip
-        self.latents: list[Tensor] = []  # since the last chunk
-        self.num_new = 0
+    def __init__(self, decoder: SpanDecoder, tokens_per_column: int, run: Run) -> None:
+        self.decoder, self.column, self.run = decoder, tokens_per_column, run
+        self.latents: list[Tensor] = []  # that are not decoded yet
 
     def add(self, latent: Tensor) -> None:
         """Take the next (D,) latent."""
-        self.waiting.append(latent)
         self.latents.append(latent)
-        self.num_new += 1
 
     async def chunk(self) -> AudioChunk | None:
-        """Decode what is complete; None while there are no samples of it."""
-        whole = len(self.waiting) // self.tokenizer.tokens_per_column
-        whole *= self.tokenizer.tokens_per_column
-        if not whole:
-            return None
-        latents, self.waiting = torch.stack(self.waiting[:whole]), self.waiting[whole:]
-        waveform = self._cut(await self.run(_decode, self.decoder.push, latents))
-        return self._chunk(waveform, last=False) if len(waveform) else None
+        """Decode what makes up whole columns; None while there are no samples."""
+        whole = len(self.latents) // self.column * self.column
+        return await self._decode(whole) if whole else None
 
-    async def end(self) -> AudioChunk:
-        """Decode the rest; a column that lacks latents is dropped."""
-        waveform = await self.run(_decode, self.decoder.finish)
-        return self._chunk(self._cut(waveform), last=True)
+    async def end(self) -> AudioChunk | None:
+        """Decode the rest; a column that lacks latents is dropped. None of an empty span."""
+        if self.latents:
+            await self._decode(len(self.latents))
+        chunk: AudioChunk | None = await self.run(self.decoder.finish)
+        return chunk
 
-    def _cut(self, waveform: Tensor) -> Tensor:
-        """Leave out the sound that was given, and what is longer than asked for."""
-        skipped = min(self.skip, len(waveform))
-        self.skip -= skipped
-        waveform = waveform[skipped:]
-        if self.left is not None:
-            waveform = waveform[: self.left]
-            self.left -= len(waveform)
-        return waveform
-
-    def _chunk(self, waveform: Tensor, *, last: bool) -> AudioChunk:
-        latents, self.latents = self.latents, []
-        dim = self.tokenizer.latent_dim
-        stacked = torch.stack(latents) if latents else torch.zeros(0, dim)
-        return AudioChunk(waveform, self.tokenizer.sample_rate, self.index, stacked, last)
+    async def _decode(self, count: int) -> AudioChunk | None:
+        latents, self.latents = torch.stack(self.latents[:count]), self.latents[count:]
+        chunk: AudioChunk | None = await self.run(self.decoder.push, latents)
+        return chunk
 
 
 class Teller:
@@ -168,13 +129,6 @@ class Teller:
         """End the span; nothing is told of one that nothing was added to."""
         sound, self.sound = self.sound, None
         assert sound is not None
-        if not sound.num_new:
-            return
-        if chunk := await sound.chunk():
-            yield chunk
-        yield await sound.end()
-
-
-def _decode(function: Callable[..., Tensor], *arguments: Tensor) -> Tensor:
-    with torch.inference_mode():
-        return function(*arguments)
+        for decode in (sound.chunk, sound.end):
+            if chunk := await decode():
+                yield chunk
