@@ -12,12 +12,13 @@ import torch
 
 from mllm_audio.diffusion import samplers, schedule
 from mllm_audio.diffusion.noise import Noise
-from mllm_audio.diffusion.samplers import SAMPLERS
+from mllm_audio.diffusion.samplers import NOISE_SAMPLERS, SAMPLERS, VELOCITY_SAMPLERS
 from mllm_audio.diffusion.schedule import cosine_schedule
 
 CPU = torch.device("cpu")
 MEAN, DEVIATION = 1.5, 0.4  # of the Gaussian every sampler must recover
-ORDERS = {"euler": 1, "midpoint": 2}  # of convergence
+ORDERS = {"euler": 1, "midpoint": 2, "heun": 2}  # of convergence
+NUM_STEPS = {"ddim": 250}  # of first order, in a spacing that is coarse where much happens; else 50
 MAR = np.load(Path(__file__).parent / "fixtures" / "mar_diffloss_small.npz")
 
 
@@ -53,12 +54,13 @@ def normal_draw(rows=4096, dim=4):
 
 def check_gaussian(name, samplers=samplers, schedule=schedule):
     """Sampler `name` makes N(MEAN, DEVIATION^2) of the exact predictor."""
-    sampler = getattr(samplers, name)
-    if name == "ddpm":
-        exact = optimal_noise(cosine_schedule(1000, 50, CPU))
-        latents = sampler(exact, normal_draw(), schedule.cosine_schedule(1000, 50, CPU))
+    sampler, num_steps = samplers.SAMPLERS[name], NUM_STEPS.get(name, 50)
+    if name in NOISE_SAMPLERS:
+        exact = optimal_noise(cosine_schedule(1000, num_steps, CPU, sampler.spacing))
+        chain = schedule.cosine_schedule(1000, num_steps, CPU, sampler.spacing)
+        latents = sampler.run(exact, normal_draw(), chain)
     else:
-        latents = sampler(optimal_velocity, normal_draw(), 50)
+        latents = sampler.run(optimal_velocity, normal_draw(), num_steps)
     assert float(latents.mean()) == pytest.approx(MEAN, abs=0.02)
     assert float(latents.std()) == pytest.approx(DEVIATION, abs=0.02)
 
@@ -94,6 +96,29 @@ def check_tables(schedule=schedule):
     ]:
         assert table.dtype == torch.float32
         np.testing.assert_allclose(table.numpy(), expected, rtol=1e-6)
+
+
+def check_log_snr_spacing(schedule=schedule):
+    """Timesteps are the nearest to even half log SNR, or all there are, and the gains are exact."""
+    power = MAR["alphas_cumprod_1000"]
+    log_snr = np.log(power / (1 - power)) / 2
+    noisiest = np.flatnonzero(log_snr >= -5.1)[-1]
+    for num_steps in (2, 8, 16):
+        chain = schedule.cosine_schedule(1000, num_steps, CPU, "log_snr")
+        wanted = np.linspace(log_snr[0], log_snr[noisiest], num_steps + 1)[1:]
+        nearest = [int(abs(log_snr - value).argmin()) for value in wanted]
+        assert chain.timesteps.tolist() == nearest
+        assert chain.log_snr_gain[0] == math.inf
+        np.testing.assert_allclose(chain.log_snr_gain[1:], -np.diff(log_snr[nearest]), rtol=1e-6)
+    for num_steps in (100, 900, 995, 996, 997, 1000):  # more than there are at either end
+        timesteps = schedule.cosine_schedule(1000, num_steps, CPU, "log_snr").timesteps
+        assert timesteps[0] >= 0 and (timesteps.diff() > 0).all()
+        assert timesteps[-1] == max(noisiest, num_steps - 1)
+        crowded = int((timesteps == torch.arange(num_steps)).sum())
+        assert crowded < num_steps or num_steps >= 996  # no run of neighbours where there is room
+    dense = schedule.cosine_schedule(1000, 100, CPU, "log_snr").timesteps
+    middle = np.linspace(log_snr[0], log_snr[noisiest], 101)[1:][40:60]
+    np.testing.assert_allclose(log_snr[dense[40:60]], middle, atol=0.01)
 
 
 def check_noising(schedule=schedule):
@@ -152,6 +177,10 @@ def test_impossible_respacing_is_refused(num_steps):
         cosine_schedule(1000, num_steps, CPU)
 
 
+def test_log_snr_spacing_is_even_and_complete():
+    check_log_snr_spacing()
+
+
 def test_predict_clean_inverts_add_noise():
     check_noising()
 
@@ -187,13 +216,12 @@ def test_flow_sampler_converges_with_its_order(name, order):
     check_order(name, order)
 
 
-@pytest.mark.parametrize("name", ["euler", "midpoint"])
+@pytest.mark.parametrize("name", VELOCITY_SAMPLERS)
 def test_temperature_scales_the_starting_noise_of_flow(name):
     draw = normal_draw(64)
-    doubled = SAMPLERS[name](optimal_velocity, draw, 10, 2.0)
-    torch.testing.assert_close(
-        doubled, SAMPLERS[name](optimal_velocity, lambda step: 2 * draw(step), 10)
-    )
+    run = SAMPLERS[name].run
+    doubled = run(optimal_velocity, draw, 10, 2.0)
+    torch.testing.assert_close(doubled, run(optimal_velocity, lambda step: 2 * draw(step), 10))
 
 
 def test_temperature_zero_leaves_only_the_start_of_ddpm():
@@ -220,10 +248,10 @@ def test_chain_is_float32_under_half_precision_noise_and_network(name):
 
     def predict(noisy, timesteps):
         seen.append(noisy.dtype)
-        return torch.zeros(len(noisy), noisy.shape[1] * (1 + (name == "ddpm"))).bfloat16()
+        return torch.zeros(len(noisy), noisy.shape[1] * (1 + (name in NOISE_SAMPLERS))).bfloat16()
 
-    steps = cosine_schedule(1000, 4, CPU) if name == "ddpm" else 4
-    latents = SAMPLERS[name](predict, lambda step: torch.ones(2, 3).bfloat16(), steps)
+    steps = cosine_schedule(1000, 4, CPU) if name in NOISE_SAMPLERS else 4
+    latents = SAMPLERS[name].run(predict, lambda step: torch.ones(2, 3).bfloat16(), steps)
     assert {latents.dtype, *seen} == {torch.float32}
 
 
@@ -274,7 +302,7 @@ def test_flipping_any_sign_of_the_samplers_is_caught():
             (check_guided, module),
             (check_step_adds_its_noise, module),
             *((check_order, name, order, module) for name, order in ORDERS.items()),
-            *((check_gaussian, name, module) for name in SAMPLERS),
+            *((check_gaussian, name, module) for name in ("ddpm", *VELOCITY_SAMPLERS)),
         )
 
     assert all_hold(samplers)
@@ -288,6 +316,7 @@ def test_flipping_any_sign_of_the_schedule_is_caught():
         return passes(
             (check_path, module),
             (check_tables, module),
+            (check_log_snr_spacing, module),
             (check_noising, module),
             (check_gaussian, "ddpm", samplers, module),
         )

@@ -180,7 +180,11 @@ def test_unknown_head_names_the_nearest():
 
 
 @pytest.mark.parametrize(
-    ("head", "sampler", "usable"), [("ddpm", "euler", "ddpm"), ("flow", "ddpm", "euler, midpoint")]
+    ("head", "sampler", "usable"),
+    [
+        ("ddpm", "euler", "ddpm, ddim, dpmpp_2m, dpmpp_2m_sde"),
+        ("flow", "ddpm", "euler, midpoint, heun"),
+    ],
 )
 def test_sampler_of_another_head_is_refused(head, sampler, usable):
     config = SamplingConfig(sampler=sampler)

@@ -19,18 +19,6 @@ class DecodingConfig(Protocol):
     """What of a `GenerationConfig` matters here."""
 
     @property
-    def num_inference_steps(self) -> int:
-        """Head calls per latent."""
-
-    @property
-    def sampler(self) -> str | None:
-        """Key in SAMPLERS; None is the head's own."""
-
-    @property
-    def temperature(self) -> float:
-        """Scale of the sampling noise."""
-
-    @property
     def decoding_order(self) -> str:
         """Key in ORDERS."""
 
@@ -38,8 +26,8 @@ class DecodingConfig(Protocol):
     def decoding_steps(self) -> int:
         """Passes over a clip, at most one per latent."""
 
-    def scale_at(self, position: int, num_tokens: int) -> float:
-        """Return MAR's guidance scale for the latent that is decoded `position`-th, from 0."""
+    def sampling_at(self, position: int, num_tokens: int) -> SamplingConfig:
+        """Resolve how the latent is drawn that is decoded `position`-th, from 0."""
 
 
 def random_order(seeds: Tensor, num_tokens: int) -> Tensor:
@@ -88,8 +76,8 @@ def decode_order(
 ) -> Tensor:
     """Generate one clip per prompt, some latents of every row in each pass.
 
-    A row's latents are a function of its prompt, its seed, `config` and `num_tokens` alone. Under
-    guidance a pass takes the scale of the last latent it decodes: with MAR's rising schedule that
+    A row's latents are a function of its prompt, its seed, `config` and `num_tokens` alone. A pass
+    takes the steps and the guidance of the last latent it decodes: with MAR's rising schedule that
     is 1 + (s - 1) times the share that is decoded after it (MAR counts one less in its last pass).
 
     Args:
@@ -120,14 +108,10 @@ def decode_order(
     for size in sizes_of(num_tokens, min(config.decoding_steps, num_tokens)):
         places = order[:, done : done + size]  # (R, k)
         done += size
-        scale = config.scale_at(done - 1, num_tokens)
-        sampling = SamplingConfig(
-            sampler=config.sampler,
-            num_inference_steps=config.num_inference_steps,
-            guidance_scale=scale,
-            temperature=config.temperature,
-        )
-        embeds = cond if scale == 1 else torch.cat([cond, uncond])  # (R or 2R, L, H)
+        sampling = config.sampling_at(done - 1, num_tokens)
+        embeds = (
+            cond if sampling.guidance_scale == 1 else torch.cat([cond, uncond])
+        )  # (R or 2R, L, H)
         states = _states(model, embeds, latents, is_known, places)  # (R k or 2R k, H)
         first, *second = states.split(places.numel())
         noise = Noise(row_seeds.repeat_interleave(size), places.flatten(), latents.shape[2])

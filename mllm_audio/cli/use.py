@@ -11,6 +11,20 @@ import click
 from mllm_audio.cli.group import BASE, COUNT, PATH, cli
 
 
+class SamplerOption(click.Option):
+    """An option whose help lists the samplers, which are not imported before it is asked for."""
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        """Fill the names in."""
+        from mllm_audio.diffusion.samplers import NOISE_SAMPLERS, VELOCITY_SAMPLERS
+
+        noise, velocity = ", ".join(NOISE_SAMPLERS), ", ".join(VELOCITY_SAMPLERS)
+        self.help = (
+            f"Of head ddpm: {noise}; of head flow: {velocity}. By default each head's first."
+        )
+        return super().get_help_record(ctx)
+
+
 @cli.command()
 @click.argument("run", type=PATH)
 @click.argument("captions", nargs=-1, metavar="[CAPTION]...")
@@ -31,13 +45,15 @@ from mllm_audio.cli.group import BASE, COUNT, PATH, cli
 )
 @click.option("--seconds", type=float, help="Exact duration; by default the model decides.")
 @click.option("--num-inference-steps", type=int, help="Head calls per latent.")
+@click.option("--final-inference-steps", type=int, help="The same at the last latent of a sound.")
 @click.option("--guidance-scale", type=float, help="MAR's s: 1 is no guidance.")
 @click.option("--guidance-weight", type=float, help="The paper's w = s - 1: 0 is no guidance.")
 @click.option("--guidance-schedule", help="constant, linear (MAR's rise) or annealed (the paper).")
 @click.option("--temperature", type=float, help="Scales the sampling noise.")
 @click.option("--decoding-order", help="Of AudioMAR: random or causal.")
 @click.option("--decoding-steps", type=int, help="Of AudioMAR: passes over a clip.")
-@click.option("--sampler", help="ddpm, euler or midpoint; the head's own by default.")
+@click.option("--sampler", cls=SamplerOption)
+@click.option("--eta", type=float, help="Of sampler ddim: 0 adds no noise, 1 that of ddpm.")
 @click.option("--seed", type=int, default=0, help="Of the first caption; the next has seed + 1.")
 @click.option("--batch-size", type=COUNT, default=32, show_default=True)
 @click.option("--conditioner", help="Where a conditioner's folders are now, if they moved.")

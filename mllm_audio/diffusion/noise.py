@@ -9,10 +9,16 @@ one normal (Box-Muller, in float64).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+# What a sampler is driven by: a network, from (R, D) noisy latents and (1,) timesteps or times to
+# (R, D or more), and the noise of a step, (R, D).
+Predict = Callable[[Tensor, Tensor], Tensor]
+Draw = Callable[[int], Tensor]
 
 # Odd 64-bit constants, written as the signed integers that wrap to them.
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)

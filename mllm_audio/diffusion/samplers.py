@@ -3,19 +3,22 @@
 Each calls `predict(noisy, timesteps)`, with (R, D) float32 and a (1,) that holds for all rows,
 and `draw(step)` for the (R, D) standard normal of a step; step 0 starts the chain.
 Nothing here reads a value back from the device.
+
+`temperature` scales the starting noise and the noise that a step adds, where it adds some; that of
+`ddpm`, as in MAR, only the latter. `clamp_predicted` bounds every prediction of the clean latents.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from mllm_audio.diffusion.noise import Draw, Predict
 from mllm_audio.diffusion.schedule import Schedule
-
-Predict = Callable[[Tensor, Tensor], Tensor]
-Draw = Callable[[int], Tensor]
+from mllm_audio.diffusion.solvers import ddim, dpmpp_2m, dpmpp_2m_sde
 
 
 def guided(conditional: Tensor, unconditional: Tensor, guidance_scale: float | Tensor) -> Tensor:
@@ -109,7 +112,44 @@ def midpoint(
     return latents
 
 
+def heun(
+    predict: Predict, draw: Draw, num_inference_steps: int, temperature: float = 1.0
+) -> Tensor:
+    """Integrate like `euler`, to second order, with two calls a step: at its start and its end.
+
+    The trapezoidal rule of Karras et al. 2022 (arXiv:2206.00364), algorithm 1. `predict` gets times
+    in [0, 1]: a velocity, unlike their score, has no singularity at the data.
+    """
+    latents = temperature * draw(0).float()  # (R, D)
+    size = 1 / num_inference_steps
+    times = torch.arange(num_inference_steps, device=latents.device) / num_inference_steps
+    for time in times.split(1):
+        start = predict(latents, time).float()
+        end = predict(latents + size * start, time + size).float()
+        latents = latents + size / 2 * (start + end)
+    return latents
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A sampler, and what those must know who run it."""
+
+    run: Callable[..., Tensor]
+    calls_per_step: int = 1  # of the network
+    spacing: str = "log_snr"  # key in SPACINGS, of the chain of a noise sampler
+    takes_eta: bool = False  # has an argument `eta`
+
+
 # For networks that predict noise and its variance, and for those that predict a velocity.
-NOISE_SAMPLERS = {"ddpm": ddpm}
-VELOCITY_SAMPLERS = {"euler": euler, "midpoint": midpoint}
-SAMPLERS: dict[str, Callable[..., Tensor]] = {**NOISE_SAMPLERS, **VELOCITY_SAMPLERS}
+NOISE_SAMPLERS = {
+    "ddpm": Sampler(ddpm, spacing="even"),
+    "ddim": Sampler(ddim, takes_eta=True),
+    "dpmpp_2m": Sampler(dpmpp_2m),
+    "dpmpp_2m_sde": Sampler(dpmpp_2m_sde),
+}
+VELOCITY_SAMPLERS = {
+    "euler": Sampler(euler),
+    "midpoint": Sampler(midpoint, calls_per_step=2),
+    "heun": Sampler(heun, calls_per_step=2),
+}
+SAMPLERS = {**NOISE_SAMPLERS, **VELOCITY_SAMPLERS}

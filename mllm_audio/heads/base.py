@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from mllm_audio.diffusion.noise import Noise
-
-SamplerT = TypeVar("SamplerT", bound=Callable[..., Tensor])
+from mllm_audio.diffusion.samplers import SAMPLERS, Sampler
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,18 +45,22 @@ class SamplingConfig:
     """How one latent is drawn; already resolved for the position being drawn."""
 
     sampler: str | None = None  # key in SAMPLERS; None takes the head's own default
-    num_inference_steps: int = 100  # head calls per latent (midpoint: two calls a step)
+    num_inference_steps: int = 100  # head calls per latent (midpoint, heun: two calls a step)
     # MAR's s: uncond + s * (cond - uncond); 1 is no guidance. (R, 1): one for each row
     guidance_scale: float | Tensor = 1.0
-    temperature: float = 1.0  # scales the standard deviation of the noise
+    # scales the standard deviation of the noise: that which starts the chain and that which is
+    # added on the way; of ddpm the latter alone, of samplers that add none the former
+    temperature: float = 1.0
+    eta: float = 0.0  # of ddim: share of ddpm's noise that a step adds; 0 adds none
 
     def __post_init__(self) -> None:
         if self.num_inference_steps < 1:
             raise ValueError(
-                f"num_inference_steps is {self.num_inference_steps}; set at least 1 (ddpm: 2)"
+                f"num_inference_steps is {self.num_inference_steps}; set at least 1 (head ddpm: 2)"
             )
         if self.temperature < 0:
             raise ValueError(f"temperature is {self.temperature}; set 0 or more")
+        check_eta(self.eta, self.sampler)
 
 
 class Head(Protocol):
@@ -89,7 +92,23 @@ class Head(Protocol):
         """
 
 
-def find_sampler(table: Mapping[str, SamplerT], name: str, head_name: str) -> SamplerT:
+def check_eta(eta: float, sampler: str | None) -> None:
+    """Refuse an `eta` out of range, or with a sampler that has no use for it.
+
+    Raises:
+        ValueError: naming the samplers that have one.
+    """
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta is {eta}; set 0, which adds no noise, to 1, which adds that of ddpm")
+    usable = [name for name, known in SAMPLERS.items() if known.takes_eta]
+    if eta and sampler not in usable:
+        raise ValueError(
+            f"eta is {eta} but sampler is {sampler!r}; set sampler to {' or '.join(usable)}, or "
+            "eta to 0"
+        )
+
+
+def find_sampler(table: Mapping[str, Sampler], name: str, head_name: str) -> Sampler:
     """Look up the sampler a head was asked to use.
 
     Raises:

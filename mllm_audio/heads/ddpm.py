@@ -28,12 +28,15 @@ class DDPMHead(nn.Module):
             latent_dim, condition_dim, 2 * latent_dim, config.width, config.num_blocks
         )
 
-    def schedule(self, num_inference_steps: int, device: torch.device) -> Schedule:
-        """Give the chain in `num_inference_steps` steps.
+    def schedule(
+        self, num_inference_steps: int, device: torch.device, spacing: str = "even"
+    ) -> Schedule:
+        """Give the chain in `num_inference_steps` steps, spaced by a key of `SPACINGS`.
 
         The tables are no buffers: those would follow the module to half precision.
         """
-        return cosine_schedule(self.config.num_train_timesteps, num_inference_steps, device)
+        num_train_timesteps = self.config.num_train_timesteps
+        return cosine_schedule(num_train_timesteps, num_inference_steps, device, spacing)
 
     def loss(
         self,
@@ -103,12 +106,13 @@ class DDPMHead(nn.Module):
     ) -> Tensor:
         """Draw (R, D) float32 latents under (R, Z) conditions, as `Head.sample`."""
         sampler = find_sampler(NOISE_SAMPLERS, config.sampler or "ddpm", self.config.name)
-        return sampler(
+        return sampler.run(
             predict_under(self.network, condition, unconditional, config.guidance_scale),
             noise.draw,
-            self.schedule(config.num_inference_steps, condition.device),
+            self.schedule(config.num_inference_steps, condition.device, sampler.spacing),
             config.temperature,
             self.config.clamp_predicted,
+            **({"eta": config.eta} if sampler.takes_eta else {}),
         )
 
 

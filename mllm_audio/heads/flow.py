@@ -73,7 +73,7 @@ class FlowHead(nn.Module):
         """Draw (R, D) float32 latents under (R, Z) conditions, as `Head.sample`."""
         sampler = find_sampler(VELOCITY_SAMPLERS, config.sampler or "euler", self.config.name)
         predict = predict_under(self.network, condition, unconditional, config.guidance_scale)
-        return sampler(
+        return sampler.run(
             lambda noisy, times: predict(noisy, TIME_SCALE * times),
             noise.draw,
             config.num_inference_steps,
