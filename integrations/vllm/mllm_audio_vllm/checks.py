@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -49,9 +50,10 @@ class AudioConfigHook(VerifyAndUpdateConfig):
             kind = "AudioCPUWorker" if current_platform.is_cpu() else "AudioGPUWorker"
             parallel.worker_cls = f"mllm_audio_vllm.worker.{kind}"
         if ADDRESS not in os.environ:
-            from mllm_audio_vllm.frames import new_address
+            from mllm_audio_vllm import frames
 
-            os.environ[ADDRESS] = new_address()
+            os.environ[ADDRESS] = frames.new_address()
+            atexit.register(frames.remove, os.environ[ADDRESS])
 
 
 def check(vllm_config: VllmConfig) -> None:

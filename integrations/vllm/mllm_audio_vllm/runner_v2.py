@@ -42,13 +42,15 @@ class AudioModelState(DefaultModelState):
     def prepare_inputs(self, input_batch: Any, req_states: Any) -> Any:
         """Tell the model what the step holds."""
         prepared = super().prepare_inputs(input_batch, req_states)
+        if not self.audio_states.keys() >= set(input_batch.req_ids):  # a rehearsal of the engine's
+            return prepared
         rows, offset = [], 0
         for number, request_id in enumerate(input_batch.req_ids):
             count = int(input_batch.num_scheduled_tokens[number])
             start = int(input_batch.num_computed_tokens_np[number])
             rows.append(
                 Row(
-                    state=self.audio_states.get(request_id),
+                    state=self.audio_states[request_id],
                     start=start,
                     count=count,
                     offset=offset,

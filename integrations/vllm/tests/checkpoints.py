@@ -11,7 +11,7 @@ import transformers
 
 from mllm_audio import AdaptConfig, AudioConfig, AudioLanguageModel
 from mllm_audio.build import build_model
-from mllm_audio.conditioners.words import Words
+from mllm_audio.conditioners import load_conditioner
 from mllm_audio.config import to_dict
 from mllm_audio.data.layout import Text
 from mllm_audio.data.messages import Message, TextPart, render, to_row
@@ -22,6 +22,7 @@ from mllm_audio.generation.text import TextConfig
 from mllm_audio.generation.voice import GENERATION_FILE, Voice
 from mllm_audio.heads.base import HeadConfig
 from mllm_audio.presets import get_preset
+from mllm_audio.presets.paper import prompted_by
 from mllm_audio.text import SpecialIds, train_text_tokenizer, wordless_tokenizer
 from mllm_audio.tokenizers import DCTTokenizer
 
@@ -118,11 +119,15 @@ def write_voice(
     return folder
 
 
-def write_prompted(folder: Path) -> Path:
-    """Write a model of the paper at small scale, prompted by embeddings of captions alone."""
-    config = get_preset("audiomntp_base_small")
+def write_prompted(folder: Path, spec: str) -> Path:
+    """Write a small model of the paper, prompted by what a conditioner makes of captions."""
+    conditioner = load_conditioner(spec, torch.device("cpu"))
+    config = prompted_by(get_preset("audiomntp_base_small"), *conditioner.streams)
     audio = replace(
-        config.audio, conditioner="words", conditioner_fingerprint=Words.fingerprint, max_tokens=16
+        config.audio,
+        conditioner=spec,
+        conditioner_fingerprint=conditioner.fingerprint,
+        max_tokens=16,
     )
     torch.manual_seed(3)
     text_tokenizer = wordless_tokenizer()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import threading
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -15,9 +17,25 @@ from mllm_audio.generation.voice import Voice
 CAPTIONS = ["a dog barks", "rain falls on the roof", "music", "a dog barks while rain falls"]
 
 
-@pytest.fixture(scope="module")
-def served(tmp_path_factory):
-    folder = write_prompted(tmp_path_factory.mktemp("prompted") / "paper")
+def encoders():
+    """Load the tiny CLAP and T5 of the main package's tests."""
+    path = Path(__file__).parents[3] / "tests" / "tiny_encoders.py"
+    spec = importlib.util.spec_from_file_location("tiny_encoders", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module", params=["words", "clap_t5"])
+def served(request, tmp_path_factory):
+    """Serve a model prompted by words, and one by 78 embeddings as the paper's."""
+    place = tmp_path_factory.mktemp("prompted")
+    spec = request.param
+    if spec == "clap_t5":
+        tiny = encoders()
+        clap, t5 = tiny.write_clap(place / "clap"), tiny.write_t5(place / "t5")
+        spec = f"clap_t5:clap={clap},t5={t5}"
+    folder = write_prompted(place / "paper", spec)
     with serving(folder, folder.parent / "log.txt") as url:
         yield url, Voice.load(folder)
 
