@@ -203,12 +203,9 @@ class Decoder:
             assert state is not None
             config = state.options.generation
             scales[number] = config.scale_at(query.index, query.span.longest)
-            settings[number] = SamplingConfig(
-                sampler=config.sampler,
-                num_inference_steps=config.num_inference_steps,
-                guidance_scale=1.0 if scales[number] == 1 else 2.0,
-                temperature=config.temperature,
-            )
+            sampling = config.sampling_at(query.index, query.span.longest)
+            guidance = 1.0 if scales[number] == 1 else 2.0
+            settings[number] = replace(sampling, guidance_scale=guidance)
         latents: dict[int, Tensor] = {}
         for shared, numbers in _grouped(settings):
             is_guided, sampling = shared.guidance_scale != 1, shared

@@ -29,7 +29,7 @@ CONFIGS = [
     exact(0.32, guidance_scale=4.0, guidance_schedule="annealed"),
     exact(1.28, num_inference_steps=3),
     replace(DEFAULTS, end_threshold=0.3, temperature=0.7),
-    exact(0.48),
+    exact(0.48, final_inference_steps=2),
     exact(0.16, guidance_weight=1.5),
 ]
 

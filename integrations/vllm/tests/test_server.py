@@ -299,6 +299,7 @@ def test_a_client_that_goes_leaves_nothing_behind(served):
         ({"mllm_audio": {"seconds": 60}}, "at most 2.56 s"),
         ({"mllm_audio": {"sampler": "ddpm"}}, "cannot use"),
         ({"mllm_audio": {"num_inference_steps": 5000}}, "this server allows 250"),
+        ({"mllm_audio": {"final_inference_steps": 251}}, "this server allows 250"),
         ({"mllm_audio": {"guidance": 3}}, "guidance_scale"),
         ({"temperature": 50}, "temperature"),
     ],

@@ -21,24 +21,20 @@ def check_sampling(head: HeadConfig, config: GenerationConfig, is_guided: bool) 
     Raises:
         ValueError: with what the head says, or if it is too much work.
     """
-    if config.num_inference_steps > MAX_STEPS:
-        raise ValueError(
-            f"num_inference_steps is {config.num_inference_steps}, this server allows {MAX_STEPS}"
-        )
-    _rehearse(head, config.sampler, config.num_inference_steps, is_guided)
+    for sampling in (
+        config.sampling_at(0, 2),
+        config.sampling_at(1, 2),
+    ):  # steps may change between
+        steps = sampling.num_inference_steps
+        if steps > MAX_STEPS:
+            raise ValueError(f"num_inference_steps is {steps}, this server allows {MAX_STEPS}")
+        _rehearse(head, replace(sampling, guidance_scale=2.0 if is_guided else 1.0))
 
 
 @lru_cache(maxsize=256)
-def _rehearse(
-    head: HeadConfig, sampler: str | None, num_inference_steps: int, is_guided: bool
-) -> None:
+def _rehearse(head: HeadConfig, sampling: SamplingConfig) -> None:
     """Draw one number with a head of one channel: whatever it refuses, it refuses here."""
     small = build_head(replace(head, width=1, num_blocks=1), 1, 1)
-    sampling = SamplingConfig(
-        sampler=sampler,
-        num_inference_steps=num_inference_steps,
-        guidance_scale=2.0 if is_guided else 1.0,
-    )
     zero = torch.zeros(1, dtype=torch.long)
     state = torch.zeros(1, 1)
     with torch.inference_mode():

@@ -110,7 +110,9 @@ class SoundOptions(Wire):
     guidance_weight: float | None = None
     guidance_schedule: Name | None = None
     num_inference_steps: int | None = None
+    final_inference_steps: int | None = None
     sampler: Name | None = None
+    eta: float | None = None
     temperature: float | None = None
     seconds: float | None = None
     min_seconds: float | None = None
