@@ -1,14 +1,12 @@
 """Claims about the schedule and the samplers, most of them in closed form."""
 
-import ast
-import inspect
 import math
-import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from mutation import mutants, passes
 
 from mllm_audio.diffusion import samplers, schedule
 from mllm_audio.diffusion.noise import Noise
@@ -158,6 +156,18 @@ def check_step_adds_its_noise(samplers=samplers):
     torch.testing.assert_close(added - without, (0.5 * deviation).expand(1, 2))
 
 
+def check_clamp(samplers=samplers):
+    """Clamped, a chain of wrong predictions stays within the bounds, on both sides."""
+    chain, draw = cosine_schedule(1000, 20, CPU), normal_draw(64)
+
+    def wrong(noisy, timesteps):
+        return torch.zeros(len(noisy), 2 * noisy.shape[1])
+
+    assert samplers.ddpm(wrong, draw, chain).abs().max() > 100
+    latents = samplers.ddpm(wrong, draw, chain, clamp_predicted=3.0)
+    assert latents.abs().max() <= 3 and latents.min() < -1 and latents.max() > 1
+
+
 def test_tables_equal_mar():
     check_tables()
 
@@ -233,13 +243,7 @@ def test_temperature_zero_leaves_only_the_start_of_ddpm():
 
 
 def test_clamp_bounds_an_exploding_chain():
-    chain, draw = cosine_schedule(1000, 20, CPU), normal_draw(64)
-
-    def wrong(noisy, timesteps):
-        return torch.zeros(len(noisy), 2 * noisy.shape[1])
-
-    assert samplers.ddpm(wrong, draw, chain).abs().max() > 100
-    assert samplers.ddpm(wrong, draw, chain, clamp_predicted=3.0).abs().max() <= 3
+    check_clamp()
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -258,49 +262,12 @@ def test_chain_is_float32_under_half_precision_noise_and_network(name):
 # ---- every sign in the arithmetic matters: each one is flipped in turn and must be caught
 
 
-class _FlipSign(ast.NodeTransformer):
-    """Swap the n-th + or - of a syntax tree."""
-
-    def __init__(self, target):
-        self.target, self.count = target, 0
-
-    def visit_BinOp(self, node):
-        self.generic_visit(node)
-        if isinstance(node.op, ast.Add | ast.Sub):
-            if self.count == self.target:
-                node.op = ast.Sub() if isinstance(node.op, ast.Add) else ast.Add()
-            self.count += 1
-        return node
-
-
-def mutants(module):
-    """Yield (first changed line, copy of `module`) with every + and - flipped in turn."""
-    original = ast.parse(inspect.getsource(module))
-    counter = _FlipSign(-1)
-    counter.visit(original)
-    lines = ast.unparse(original).splitlines()
-    for target in range(counter.count):
-        source = ast.unparse(_FlipSign(target).visit(ast.parse(inspect.getsource(module))))
-        mutant = types.ModuleType(module.__name__)
-        exec(source, vars(mutant))
-        changed = zip(source.splitlines(), lines, strict=True)
-        yield next(line for line, before in changed if line != before), mutant
-
-
-def passes(*checks):
-    try:
-        for check, *arguments in checks:
-            check(*arguments)
-    except (AssertionError, ValueError, IndexError, RuntimeError):
-        return False
-    return True
-
-
 def test_flipping_any_sign_of_the_samplers_is_caught():
     def all_hold(module):
         return passes(
             (check_guided, module),
             (check_step_adds_its_noise, module),
+            (check_clamp, module),
             *((check_order, name, order, module) for name, order in ORDERS.items()),
             *((check_gaussian, name, module) for name in ("ddpm", *VELOCITY_SAMPLERS)),
         )
