@@ -4,8 +4,8 @@
 
 The head is not trained again: the same weights, seeds, captions and guidance for every setting, so
 that the sampler and the number of its steps are all that differs. Head calls are counted at the
-network, the two branches of guidance as one; `--falling SHARE` adds a second line per sampler,
-whose last latent takes SHARE of the steps of the first. `digits_judge.py` judges the clips. Writes
+network, the two branches of guidance as one; `--falling SHARE` measures each setting again with the
+steps of the last latent SHARE of those of the first, and draws OUT/falling_*.svg. `digits_judge.py` judges the clips. Writes
 OUT/tradeoff.json, OUT/accuracy.svg and OUT/frechet.svg after each setting; the same command
 continues. The clips of a setting are in a folder of OUT named after it.
 """
@@ -44,11 +44,6 @@ class Setting:
     sampler: str
     steps: int  # at the first latent
     final_steps: int | None  # at the last; None: the same
-
-    @property
-    def line(self) -> str:
-        """Name of the line it lies on."""
-        return self.sampler if self.final_steps is None else f"{self.sampler} falling"
 
     @property
     def name(self) -> str:
@@ -136,12 +131,15 @@ def judge(recordings: Path, generated: Path, cache: Path) -> dict[str, Any]:
 
 
 def draw(rows: Sequence[dict[str, Any]], out: Path) -> None:
-    """Draw both figures, a line per sampler."""
+    """Draw both figures, a line per sampler, and both of the settings whose steps fall."""
     for file, (key, title) in FIGURES.items():
-        lines: dict[str, list[Point]] = {}
+        lines: dict[str, dict[str, list[Point]]] = {}
         for row in sorted(rows, key=lambda row: row["head_calls"]):
-            lines.setdefault(row["line"], []).append(Point(row["head_calls"], row[key]))
-        write_atomic(out / file, chart(lines, CALLS, title, log_x=True).encode())
+            name = file if row["final_steps"] is None else f"falling_{file}"
+            line = lines.setdefault(name, {}).setdefault(row["sampler"], [])
+            line.append(Point(row["head_calls"], row[key]))
+        for name, found in lines.items():
+            write_atomic(out / name, chart(found, CALLS, title, log_x=True).encode())
 
 
 def parse() -> argparse.Namespace:
@@ -192,7 +190,7 @@ def main() -> None:
         )
         calls = generate(voice, requests, config, folder, arguments.seed)
         report = judge(arguments.recordings, folder, arguments.out)
-        row = {"setting": setting.name, "line": setting.line, "head_calls": round(calls, 3)}
+        row = {"setting": setting.name, "sampler": setting.sampler, "head_calls": round(calls, 3)}
         row |= {"steps": setting.steps, "final_steps": setting.final_steps, **report}
         done[setting.name] = row
         kept |= {"machine": machine_facts(), "rows": list(done.values())}
