@@ -5,9 +5,9 @@
 The head is not trained again: the same weights, seeds, captions and guidance for every setting, so
 that the sampler and the number of its steps are all that differs. Head calls are counted at the
 network, the two branches of guidance as one; `--falling SHARE` measures each setting again with the
-steps of the last latent SHARE of those of the first, and draws OUT/falling_*.svg. `digits_judge.py` judges the clips. Writes
-OUT/tradeoff.json, OUT/accuracy.svg and OUT/frechet.svg after each setting; the same command
-continues. The clips of a setting are in a folder of OUT named after it.
+steps of the last latent SHARE of those of the first, and draws OUT/falling_*.svg. The judge is
+`digits_judge.py`. Writes OUT/tradeoff.json, OUT/accuracy.svg and OUT/frechet.svg after each
+setting; the same command continues. The clips of a setting are in a folder of OUT named after it.
 """
 
 from __future__ import annotations
