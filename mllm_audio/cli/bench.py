@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
-from mllm_audio.cli.group import COUNT, PATH, cli
+from mllm_audio.cli.group import BASE, COUNT, PATH, cli, with_options
 
 
 @cli.group()
 def bench() -> None:
-    """Measure how fast a part of training is, or a server."""
+    """Measure how fast generating and training are, parts of them, or a server."""
 
 
 @bench.command("data")
@@ -145,3 +146,112 @@ def bench_serve(
         **settings,
     )
     run_and_report(config, api_key, json_file, click.echo)
+
+
+MEASURED = [
+    click.option("--threads", type=COUNT, help="Of torch; by default as many as it takes."),
+    click.option(
+        "--repetitions", type=COUNT, default=3, show_default=True, help="Median of these."
+    ),
+    click.option("--json", "json_file", type=PATH, help="Also write the figures to this file."),
+    click.option("--baseline", type=PATH, help="Compare with this file, which --json wrote."),
+    click.option("--any-machine", is_flag=True, help="Even if machine or settings were others."),
+]
+TOKENIZER_HELP = (
+    "dct, audioldm:FOLDER, or audioldm-random, which is AudioLDM's with random weights."
+)
+
+
+def _run(measure: Callable[..., Any], options: dict[str, Any], kind: Any) -> None:
+    """Split options into those of the session and those of its benchmark, and run it.
+
+    `measure` is called with the configuration of type `kind`, the threads, and a check.
+    """
+    from mllm_audio.benchmarks.session import SessionConfig, run_session
+
+    names = ("threads", "json_file", "baseline", "any_machine")
+    session = SessionConfig(**{name: options.pop(name) for name in names})
+    run_session(partial(measure, kind(**options)), session, click.echo)
+
+
+@bench.command("generate")
+@click.argument("run", required=False, type=PATH)
+@click.option("--preset", help="Of this size, with random weights, in place of a RUN.")
+@BASE
+@click.option("--tokenizer", help=f"In place of the model's own: {TOKENIZER_HELP}")
+@click.option("--fast", is_flag=True, help="Decode with the settings recommended for speed.")
+@click.option("--seconds", type=float, default=10.24, show_default=True, help="Of each clip.")
+@click.option("--batch-size", type=COUNT, default=1, show_default=True, help="Clips at once.")
+@click.option("--num-inference-steps", type=COUNT, help="Head calls per latent.")
+@click.option("--sampler", help="Of the head; by default its own.")
+@click.option("--guidance-scale", type=float, help="MAR's s: 1 is no guidance.")
+@click.option("--dtype", default="float32", show_default=True, help="Of the weights, or bfloat16.")
+@click.option(
+    "--lengths",
+    callback=_numbers(float, "seconds such as 10,30,60"),
+    help="Also time a latent at the end of clips of so many seconds.",
+)
+@with_options(MEASURED)
+def bench_generate(
+    run: Path | None,
+    preset: str | None,
+    base: str | None,
+    tokenizer: str | None,
+    **options: Any,
+) -> None:
+    """Generate clips with RUN, or with a --preset at random weights, and print where time goes.
+
+    A preset is built for as long a clip as is asked for. A GPU is waited for after each part.
+    """
+    from mllm_audio.benchmarks.generate import bench_generate as measure
+    from mllm_audio.benchmarks.generate_config import GenerateConfig
+    from mllm_audio.benchmarks.subject import load_subject
+
+    def do(config: GenerateConfig, threads: int, check: Any) -> Any:
+        subject = load_subject(preset, run, base, tokenizer, config.longest)
+        return measure(subject, config, threads, check)
+
+    _run(do, options, GenerateConfig)
+
+
+@bench.command("train")
+@click.option("--preset", required=True, help="Of this size, from random weights.")
+@click.option("--batch-size", type=COUNT, default=4, show_default=True, help="Clips of a step.")
+@click.option(
+    "--dtypes",
+    default="float32,bfloat16",
+    show_default=True,
+    callback=_numbers(str, "float32,bfloat16"),
+    help="To compute in, one after another; bfloat16 is autocast over float32 weights.",
+)
+@click.option(
+    "--ratios",
+    callback=_numbers(float, "shares such as 0,0.25,0.5,0.75"),
+    help="Also time steps at these masking ratios.",
+)
+@with_options(MEASURED)
+def bench_train(preset: str, **options: Any) -> None:
+    """Train a --preset for a few steps at its mean masking ratio, and print where time goes."""
+    from mllm_audio.benchmarks.subject import known_preset, load_subject
+    from mllm_audio.benchmarks.train import TrainBenchConfig
+    from mllm_audio.benchmarks.train import bench_train as measure
+
+    def do(config: TrainBenchConfig, threads: int, check: Any) -> Any:
+        return measure(load_subject(preset, None), known_preset(preset), config, threads, check)
+
+    _run(do, options, TrainBenchConfig)
+
+
+@bench.command("decode")
+@click.option("--tokenizer", default="dct", show_default=True, help=TOKENIZER_HELP)
+@click.option("--seconds", type=float, default=10.24, show_default=True, help="Of each clip.")
+@click.option("--batch-size", type=COUNT, default=1, show_default=True, help="Clips at once.")
+@click.option("--dtype", default="float32", show_default=True, help="Or bfloat16, by autocast.")
+@click.option("--stream", is_flag=True, help="Also decode column by column, as sound is streamed.")
+@with_options(MEASURED)
+def bench_decode(**options: Any) -> None:
+    """Decode random latents to sound, and print where time goes."""
+    from mllm_audio.benchmarks.decode import DecodeConfig
+    from mllm_audio.benchmarks.decode import bench_decode as measure
+
+    _run(measure, options, DecodeConfig)

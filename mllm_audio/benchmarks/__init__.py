@@ -1,0 +1,1 @@
+"""How long generating, training and decoding take on this machine, part by part."""
