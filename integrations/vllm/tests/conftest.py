@@ -89,4 +89,5 @@ def engine(folder, **options):
     try:
         yield llm
     finally:
-        llm.llm_engine.engine_core.shutdown()
+        # In its own time: killed after vLLM's 5 s, its processes may miss each other.
+        llm.llm_engine.engine_core.shutdown(timeout=60)

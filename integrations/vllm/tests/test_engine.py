@@ -260,6 +260,7 @@ def test_compiled_by_torch(voices, pushed):
 
 def test_shared_by_two_processes(voices, pushed, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # one memory node for both
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     folder, reference = voices()
     with engine(folder, tensor_parallel_size=2) as llm:
         check(llm, reference, mixed(reference), pushed)
