@@ -284,9 +284,9 @@ class Voice:
         bit; other tokenizers come near it.
 
         Args:
-            caption: description of the sound.
+            caption, seed: of the sound.
             config: overrides the checkpoint's defaults.
-            seed: of the noise.
+
         Raises:
             ValueError: as `generate`; and for AudioMAR, which decodes in no order of time.
         """

@@ -210,6 +210,8 @@ class VllmEngine:
                         yield event
                     position += len(ids)
                     reason = completion.finish_reason or reason
+                    if reason not in ("stop", "length"):
+                        raise RuntimeError(f"the engine gave the reply up ({reason})")
                     if teller.stopped:
                         reason = "stop"
                         break
@@ -219,7 +221,7 @@ class VllmEngine:
             async for event in teller.finish():
                 yield event
         yield Finished(
-            reason="length" if reason == "length" else "stop",
+            reason=reason,
             prompt_tokens=len(prepared.ids),
             text_tokens=teller.num_text,
             audio_tokens=teller.num_audio,
