@@ -280,12 +280,12 @@ class Voice:
     ) -> Iterator[AudioChunk]:
         """Generate the clip of a caption, and give its sound while it is generated.
 
-        With the `dct` tokenizer the chunks behind one another are the clip of `generate`, bit for
-        bit; other tokenizers come near it.
+        With the `dct` tokenizer it is the clip of `generate`, bit for bit; others come near it.
 
         Args:
-            caption, seed: of the sound.
+            caption: description of the sound.
             config: overrides the checkpoint's defaults.
+            seed: of the noise.
 
         Raises:
             ValueError: as `generate`; and for AudioMAR, which decodes in no order of time.
