@@ -114,10 +114,10 @@ class Decoder:
             if row.state is None or row.state.prompts is None:
                 continue
             first, streams = row.state.prompts
-            embedded = self.audio.embed_prompts([stream[None] for stream in streams])[0]  # (L, H)
             begin = max(row.start, first)
-            end = min(row.start + row.count, first + len(embedded))
+            end = min(row.start + row.count, first + sum(map(len, streams)))
             if begin < end:
+                embedded = self.audio.embed_prompts([s[None] for s in streams])[0]  # (L, H)
                 offset = row.offset - row.start
                 places += range(offset + begin, offset + end)
                 embeds.append(embedded[begin - first : end - first])
