@@ -11,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mllm_audio"
+SERVING = ROOT / "integrations" / "vllm" / "mllm_audio_vllm"
 
 # Lowest first. A folder stands for every module in it; modules of one folder may import each other.
 LAYERS = [
@@ -136,6 +137,13 @@ def test_every_public_name_resolves_and_loads_no_extra():
 
 
 def test_files_stay_short():
-    for path in MODULES:
-        lines = len((PACKAGE / path).read_text().splitlines())
+    for path in [*(PACKAGE / module for module in MODULES), *SERVING.rglob("*.py")]:
+        lines = len(path.read_text().splitlines())
         assert lines <= 300, f"{path} has {lines} lines"
+
+
+def test_what_is_decided_in_serving_knows_no_vllm():
+    """States, options and the drawing of latents run, and are tested, without an engine."""
+    for name in ("state", "decoding", "options", "frames"):
+        names = imports(SERVING / f"{name}.py")
+        assert not {n for n in names if n.split(".")[0] == "vllm"}, name
