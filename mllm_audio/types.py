@@ -117,7 +117,7 @@ class TextDelta:
 
 @dataclass(frozen=True)
 class AudioChunk:
-    """The next piece of a span of audio: all of it from a `Voice`, less from a server."""
+    """The next piece of a span of audio, or all of it where nothing is streamed."""
 
     waveform: Tensor  # (S,) float32, mono, nominally in [-1, 1]
     sample_rate: int  # Hz

@@ -15,23 +15,21 @@ from transformers import PreTrainedTokenizerBase
 
 from mllm_audio.audiomar import AudioMAR, decode_order
 from mllm_audio.conditioners import Conditioner
-from mllm_audio.config import from_dict, read_json, to_dict
+from mllm_audio.config import to_dict
 from mllm_audio.data.layout import Audio, Prompt, stacked
 from mllm_audio.data.messages import AudioPart, Message, TextPart, as_messages, render, to_row
 from mllm_audio.generation.decode import GenerationConfig, decode, token_limits
 from mllm_audio.generation.hear import hear
 from mllm_audio.generation.interleaved import Reply, join
+from mllm_audio.generation.parts import GENERATION_FILE, load_audio_tokenizer, read_defaults
 from mllm_audio.generation.prompts import caption_ids, embed, load_checked
 from mllm_audio.generation.stream import SpanDecoder, tell_audio, tell_whole_spans
 from mllm_audio.generation.text import TextConfig
 from mllm_audio.model import AudioLanguageModel, default_device
 from mllm_audio.models import Model, load_model
 from mllm_audio.text import SpecialIds
-from mllm_audio.tokenizers import load_tokenizer
 from mllm_audio.tokenizers.base import AudioTokenizer
 from mllm_audio.types import AudioChunk, Clip, TextDelta
-
-GENERATION_FILE = "audio_generation.json"  # defaults of `generate`, beside config.json
 
 
 @dataclass(frozen=True)
@@ -68,16 +66,8 @@ class Voice:
         folder = Path(folder)
         model, text_tokenizer = load_model(folder, base, merge=merge)
         model = model.to(default_device())
-        audio_tokenizer = load_tokenizer(model.audio.config.tokenizer)
-        expected = model.audio.config.tokenizer_fingerprint
-        if expected and audio_tokenizer.fingerprint != expected:
-            raise ValueError(
-                f"{folder} was trained on {model.audio.config.tokenizer} latents of fingerprint "
-                f"{expected}, found {audio_tokenizer.fingerprint}; restore that tokenizer"
-            )
-        path = folder / GENERATION_FILE
-        values = read_json(path, "delete it to use the defaults") if path.is_file() else {}
-        defaults: GenerationConfig = from_dict(GenerationConfig, values, str(path))
+        audio_tokenizer = load_audio_tokenizer(model.audio.config, folder)
+        defaults = read_defaults(folder)
         return cls(model, text_tokenizer, audio_tokenizer, defaults, conditioner)
 
     @property

@@ -17,9 +17,10 @@ from mllm_audio.data.layout import Text
 from mllm_audio.data.messages import Message, TextPart, render, to_row
 from mllm_audio.generation.decode import GenerationConfig
 from mllm_audio.generation.interleaved import Reply, end_ids
+from mllm_audio.generation.parts import GENERATION_FILE
 from mllm_audio.generation.rows import Rows
 from mllm_audio.generation.text import TextConfig
-from mllm_audio.generation.voice import GENERATION_FILE, Voice
+from mllm_audio.generation.voice import Voice
 from mllm_audio.heads.base import HeadConfig
 from mllm_audio.presets import get_preset
 from mllm_audio.presets.paper import prompted_by

@@ -16,21 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mllm_audio.config import from_dict, read_json
+from mllm_audio.config import read_json
 from mllm_audio.data.messages import Message
 from mllm_audio.folder import GENERATION_FILE as TEXT_GENERATION_FILE
 from mllm_audio.folder import read_audio_config
 from mllm_audio.generation.decode import GenerationConfig
 from mllm_audio.generation.hear import hear
 from mllm_audio.generation.interleaved import end_ids
+from mllm_audio.generation.parts import load_audio_tokenizer, read_defaults
 from mllm_audio.generation.prompts import caption_ids, embed, load_checked
 from mllm_audio.generation.room import Room
 from mllm_audio.generation.stream import SpanDecoder
 from mllm_audio.generation.text import TextConfig
-from mllm_audio.generation.voice import GENERATION_FILE
 from mllm_audio.pretrained import load_text_tokenizer
 from mllm_audio.text import SpecialIds
-from mllm_audio.tokenizers import load_tokenizer
 from mllm_audio.types import AudioChunk
 from mllm_audio_vllm.checks import ADDRESS, settings
 from mllm_audio_vllm.options import AudioOptions
@@ -56,13 +55,7 @@ class VllmEngine:
         self.audio = read_audio_config(folder)
         self.text_tokenizer = load_text_tokenizer(folder)
         self.special = SpecialIds.of(self.text_tokenizer)
-        self.tokenizer = load_tokenizer(self.audio.tokenizer)
-        expected = self.audio.tokenizer_fingerprint
-        if expected and self.tokenizer.fingerprint != expected:
-            raise ValueError(
-                f"{folder} was trained on {self.audio.tokenizer} latents of fingerprint "
-                f"{expected}, found {self.tokenizer.fingerprint}; restore that tokenizer"
-            )
+        self.tokenizer = load_audio_tokenizer(self.audio, folder)
         self.conditioner = None
         if self.audio.prompt_streams:
             place = own.get("conditioner")
@@ -79,9 +72,7 @@ class VllmEngine:
         self.receiver = Receiver(os.environ[ADDRESS])
 
     def _read_defaults(self, folder: Path) -> GenerationConfig:
-        path = folder / GENERATION_FILE
-        values = read_json(path, "delete it to use the defaults") if path.is_file() else {}
-        defaults: GenerationConfig = from_dict(GenerationConfig, values, str(path))
+        defaults = read_defaults(folder)
         if self.is_guided:
             return defaults
         return replace(

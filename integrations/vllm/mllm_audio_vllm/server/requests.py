@@ -27,11 +27,6 @@ class Prepared:
     prompts: tuple[Tensor, ...] = ()  # of each of the conditioner's streams (L_s, D_s)
     open_latents: Tensor | None = None  # (N, D) of the span at its end that goes on
 
-    @property
-    def last_text_id(self) -> int:
-        """Give the id that text would follow."""
-        return self.ids[-1]
-
 
 def prepare_conversation(
     messages: Sequence[Message],
