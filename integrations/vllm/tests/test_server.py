@@ -161,11 +161,11 @@ def streamed(client, **options):
 
 def test_a_streamed_reply_is_the_same_and_sounds_before_it_is_complete(served):
     _, client, _ = served
-    whole = chat(client, audio_options={"seconds": 2.56, "max_audio_spans": 1}, max_tokens=90)
+    # So many steps that what else a machine does is short beside a span.
+    own = {"seconds": 2.56, "max_audio_spans": 1, "num_inference_steps": 100}
+    whole = chat(client, audio_options=own, max_tokens=90)
     begin = time.monotonic()
-    text, samples, order, _ = streamed(
-        client, audio_options={"seconds": 2.56, "max_audio_spans": 1}, max_tokens=90
-    )
+    text, samples, order, _ = streamed(client, audio_options=own, max_tokens=90)
     took = time.monotonic() - begin
     message = whole.choices[0].message
     assert text == message.content
@@ -173,7 +173,7 @@ def test_a_streamed_reply_is_the_same_and_sounds_before_it_is_complete(served):
     assert len(samples) == round(2.56 * 16000)
     times = [at for kind, at in order if kind == "audio"]
     # Sent at the end, all of it would come at once.
-    assert len(times) > 4 and times[-1] - times[0] > 0.2 * took
+    assert len(times) > 4 and times[-1] - times[0] > 0.5 * took
 
 
 def test_eight_streams_at_once_are_as_each_alone(served):
