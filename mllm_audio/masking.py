@@ -7,7 +7,8 @@ prediction is the case r = 0.
 
 Two of the paper's ablations keep masked latents in the sequence, as zeros or as Gaussian noise, and
 one predicts the immediate next latent from what is left (table 3). AudioMAR, the bidirectional
-topline, predicts masked latents at their own places.
+topline, predicts masked latents at their own places. To decode several latents a step, a model
+learns to predict the ones behind the next one as well (`max_distance`).
 
 A schedule is the quantile function of the distribution of `r`. The paper draws A and B in its
 figure 5 without giving parameters: **the numbers for A and B here are our assumption.**
@@ -18,10 +19,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from statistics import NormalDist
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mllm_audio.config import check_range, nearest
@@ -74,6 +76,8 @@ class MaskingConfig:
     )
     hidden: str = "drop"  # in HIDDEN: what stands where a latent is masked
     next_kept: bool = True  # predict the next kept latent; false: the immediate next one
+    # Predict the j-th next one, j uniform in 1 to this: as far as `tokens_per_step` of decoding.
+    max_distance: int = 1
 
     def __post_init__(self) -> None:
         """Check the schedule's name and the scale."""
@@ -82,6 +86,7 @@ class MaskingConfig:
                 f"unknown masking schedule {self.schedule!r}; {nearest(self.schedule, SCHEDULES)}"
             )
         check_range("masking", self, 0, 1, "scale")
+        check_range("masking", self, 1, 10_000, "max_distance")
         if self.hidden not in HIDDEN:
             raise ValueError(
                 f"unknown masking.hidden {self.hidden!r}; {nearest(self.hidden, HIDDEN)}"
@@ -90,6 +95,11 @@ class MaskingConfig:
             raise ValueError(
                 f"masking.hidden={self.hidden} keeps every latent's place, so the next one is "
                 "predicted; set masking.next_kept=false"
+            )
+        if self.hidden == "own" and self.max_distance > 1:
+            raise ValueError(
+                f"masking.max_distance={self.max_distance}, but with masking.hidden=own latents "
+                "predict themselves; leave it at 1"
             )
 
 
@@ -122,43 +132,53 @@ def sample_known_positions(num_tokens: int, ratio: float, generator: torch.Gener
     return torch.randperm(num_tokens, generator=generator)[:known].sort().values
 
 
-def end_weights(num_tokens: int, kept: Tensor, ratio: float) -> Tensor:
+def sample_distances(config: MaskingConfig, count: int, generator: torch.Generator) -> Tensor:
+    """Choose which of the next ones each of `count` elements predicts: (count,) int64, from 1."""
+    if config.max_distance == 1:
+        return torch.ones(count, dtype=torch.long)
+    return torch.randint(1, config.max_distance + 1, (count,), generator=generator)
+
+
+def end_weights(num_tokens: int, kept: Tensor, ratio: float, distances: Tensor) -> Tensor:
     """Weigh "is the target the end?" so that masking leaves its odds as they were.
 
     The end is never dropped while latents are, so ends are too frequent among targets, and by
     how much depends on the clip's length. Each prediction is weighed by the probability that it
     would have were every element, the end too, kept independently with 1 - r, over the one it
-    has when exactly K of N latents are kept. With the token itself kept and g to its target:
+    has when exactly K of N latents are kept. With g places to the target, the j-th next kept, s = 1
+    for the prediction of a latent (0: of the start, always there) and e = 1 of one (0: of the end):
 
-        (1 - r)^2 r^(g - 1) / (C(N - g - 1, K - 2) / C(N, K)) for a latent,
-        (1 - r)^2 r^(g - 1) / (C(N - g, K - 1) / C(N, K)) for the end.
+        (1 - r)^(s + j) r^(g - j) / (C(N - s - g + 1 - e, K - s - j + 1 - e) / C(N, K)).
+
+    The start is followed by a latent in any clip, so for j = 1 its prediction needs no weight.
 
     Args:
         num_tokens: N, latents of the clip.
         kept: (K,) int64, positions that stayed, increasing.
         ratio: r, that `kept` was drawn with.
+        distances: (K + 1,) int64, j of the start and of each kept latent.
 
     Returns:
-        (K,) float32, for the prediction made at each kept latent; ones for r = 0.
+        (K + 1,) float32; ones for r = 0, or where nothing is the j-th next.
     """
+    num_kept = len(kept)
     if ratio == 0:
-        return torch.ones(len(kept))
-    distance = torch.cat([kept, torch.tensor([num_tokens])]).diff()  # (K,)
-    by_distance = _weights_by_distance(num_tokens, len(kept), ratio)  # (2, N)
-    weights = by_distance[0, distance - 1]  # (K,)
-    weights[-1] = by_distance[1, distance[-1] - 1]
-    return weights
-
-
-@lru_cache(maxsize=1024)  # clips of one length share it, in a step
-def _weights_by_distance(num_tokens: int, kept: int, ratio: float) -> Tensor:
-    """Tabulate `end_weights`: (2, N) float32 for targets 1 to N away, a latent and the end."""
-    is_latent = torch.tensor([[1], [0]])
-    distance = torch.arange(1, num_tokens + 1)  # (N,)
-    independent = 2 * math.log1p(-min(ratio, 1 - 1e-6)) + (distance - 1) * math.log(ratio)
-    exact = _log_binomial(num_tokens - distance - is_latent, kept - 1 - is_latent)  # (2, N)
-    exact = exact - _log_binomial(torch.tensor(num_tokens), torch.tensor(kept))
-    return (independent - exact).exp().float()
+        return torch.ones(num_kept + 1)
+    places = F.pad(kept, (1, 1), value=-1)
+    places[-1] = num_tokens
+    number = torch.arange(num_kept + 1) + distances  # of the target among the places
+    gap = places[number.clamp(max=num_kept + 1)] - places[:-1]
+    of_latent, is_latent = torch.ones_like(gap), (number <= num_kept).long()
+    of_latent[0] = 0
+    independent = (of_latent + distances) * math.log1p(-min(ratio, 1 - 1e-6))
+    independent = independent + (gap - distances) * math.log(ratio)
+    exact = _log_binomial(
+        num_tokens - of_latent - gap + 1 - is_latent,
+        num_kept - of_latent - distances + 1 - is_latent,
+    ) - _log_binomial(torch.tensor(num_tokens), torch.tensor(num_kept))
+    no_weight = number > num_kept + 1
+    no_weight[0] |= distances[0] == 1
+    return torch.where(no_weight, 1.0, (independent - exact).exp()).float()
 
 
 def _log_binomial(total: Tensor, chosen: Tensor) -> Tensor:

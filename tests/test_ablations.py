@@ -110,6 +110,33 @@ def test_without_masking_every_variant_is_next_token_prediction(build):
             assert torch.equal(getattr(batch, name), getattr(plain, name)), (hidden, name)
 
 
+@pytest.mark.parametrize("end", [False, True])
+@pytest.mark.parametrize("masking", [{"schedule": "ntp"}, FIXED, {**FIXED, "next_kept": False}])
+def test_targets_at_a_distance_are_drawn_evenly_and_end_with_the_clip(build, masking, end):
+    make, latents, _ = build
+    batch = make(end_of_audio=end, max_distance=3, **masking)
+    num, content = latents.shape[1], batch.content_positions.view(4, -1)
+    kept_only, found, done = masking.get("next_kept", True), [], 0
+    for row in range(4):
+        places = [-1, *content[row].tolist()]
+        ahead = [*places[1:], num] if kept_only else list(range(num + 1))
+        start = int(batch.is_audio[row].nonzero()[0]) - 1
+        predicts = batch.predicts[row, start : start + len(places)]
+        for place, is_asked in zip(places, predicts.tolist(), strict=True):
+            if not is_asked:  # beyond the end, or the end of a model without one
+                assert len([p for p in ahead if p > place]) <= 3
+                continue
+            target = int(batch.target_positions[done])
+            found.append(1 + [p for p in ahead if p > place].index(target))
+            assert bool(batch.target_is_end[done]) == (target == num) and (end or target < num)
+            if target < num:
+                assert torch.equal(batch.target_latents[done], latents[row, target])
+            done += 1
+    assert done == len(batch.target_positions)
+    counts = torch.tensor(found).bincount(minlength=4)[1:]
+    assert len(counts) == 3 and counts.min() > 0.2 * counts.sum(), counts
+
+
 def test_audiomar_predicts_masked_latents_at_their_own_places(build):
     make, latents, _ = build
     batch = make(hidden="own", schedule="fixed", scale=0.75)
@@ -135,6 +162,8 @@ def test_without_target_positions_nothing_is_added_and_no_table_is_kept():
     [
         ({"hidden": "zeros"}, "unknown masking.hidden 'zeros'; did you mean 'zero'"),
         ({"hidden": "zero"}, "set masking.next_kept=false"),
+        ({"hidden": "own", "max_distance": 4}, "masking.max_distance=4, but with .* leave it at 1"),
+        ({"max_distance": 0}, "masking.max_distance=0, expected"),
     ],
 )
 def test_masking_that_makes_no_sense_is_refused(masking, message):

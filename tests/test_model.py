@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import json
 import re
 
@@ -211,25 +212,37 @@ def test_end_weights_make_the_odds_those_of_the_unmasked_sequence(ratio):
         if 7 in kept and follows[kept.tolist().index(7)] == 8:
             at = kept.tolist().index(7)
             ends.append(float(length == 8))
-            weights.append(float(end_weights(length, kept, ratio)[at]))
+            ones = torch.ones(len(kept) + 1, dtype=torch.long)
+            weights.append(float(end_weights(length, kept, ratio, ones)[1 + at]))
     ends, weights = torch.tensor(ends), torch.tensor(weights)
     optimum = float((weights * ends).sum() / weights.sum())  # of the weighted cross-entropy
     assert optimum == pytest.approx(0.5, abs=0.04)
     assert float(ends.mean()) > optimum + 0.05
 
 
-def test_end_weights_are_ratios_of_probabilities_counted_over_all_subsets():
+@pytest.mark.parametrize("distance", [1, 2, 3])
+def test_end_weights_are_ratios_of_probabilities_counted_over_all_subsets(distance):
     num_tokens, ratio = 7, 0.55
     for count in (1, 3, 7):
-        subsets = [(*s, num_tokens) for s in itertools.combinations(range(num_tokens), count)]
+        subsets = [
+            (-1, *s, num_tokens) for s in itertools.combinations(range(num_tokens), count)
+        ]  # the start, what is kept, the end
+        distances = torch.full((count + 1,), distance)
         for subset in subsets[::5]:
-            weights = end_weights(num_tokens, torch.tensor(subset[:-1]), ratio)
+            weights = end_weights(num_tokens, torch.tensor(subset[1:-1]), ratio, distances)
             for index, weight in enumerate(weights.tolist()):
-                first, second = subset[index : index + 2]
-                same = sum((first, second) in itertools.pairwise(s) for s in subsets)
-                independent = (1 - ratio) ** 2 * ratio ** (second - first - 1)
+                if index + distance > count + 1 or (index, distance) == (0, 1):
+                    assert weight == 1
+                    continue
+                first, second = subset[index], subset[index + distance]
+                pairs = (zip(s, s[distance:], strict=False) for s in subsets)
+                same = sum((first, second) in found for found in map(list, pairs))
+                gap = second - first
+                between = math.comb(gap - 1, distance - 1)  # which of them are kept
+                sure = 1 if first == -1 else 1 - ratio  # the start is always there
+                independent = between * sure * (1 - ratio) ** distance * ratio ** (gap - distance)
                 assert weight == pytest.approx(independent / (same / len(subsets)), rel=1e-5)
-    assert end_weights(5, torch.arange(5), 0.0).tolist() == [1.0] * 5
+    assert end_weights(5, torch.arange(5), 0.0, torch.ones(6)).tolist() == [1.0] * 6
 
 
 def test_end_loss_is_the_weighted_cross_entropy(make_model):

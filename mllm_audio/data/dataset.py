@@ -22,6 +22,7 @@ from mllm_audio.data.layout import Audio, Prompt, Row, Text, collate
 from mllm_audio.data.prefetch import prefetched
 from mllm_audio.masking import (
     MaskingConfig,
+    sample_distances,
     sample_kept_positions,
     sample_known_positions,
     sample_ratio,
@@ -256,7 +257,7 @@ class TrainingData:
         kept = sample_kept_positions(num_tokens, ratio, generator)
         part = replace(part, next_kept=masking.next_kept)
         if masking.hidden == "drop":
-            return replace(part, kept=kept)
+            return replace(part, kept=kept, distances=self._distances(kept, generator))
         assert self.statistics is not None
         mean, std = self.statistics  # (D,) each
         noise = torch.zeros_like(part.latents)  # (N, D)
@@ -264,7 +265,12 @@ class TrainingData:
             noise = torch.randn(part.latents.shape, generator=generator)
         heard = mean + std * noise  # (N, D)
         heard[kept] = part.latents[kept]
-        return replace(part, kept=torch.arange(num_tokens), heard=heard)
+        every = torch.arange(num_tokens)
+        return replace(part, kept=every, heard=heard, distances=self._distances(every, generator))
+
+    def _distances(self, kept: Tensor, generator: torch.Generator) -> Tensor:
+        """Choose what the start and each of (K,) kept latents predict: (K + 1,)."""
+        return sample_distances(self.masking, 1 + len(kept), generator)
 
 
 def prompt_ids(text_tokenizer: PreTrainedTokenizerBase, caption: str) -> Tensor:

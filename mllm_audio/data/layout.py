@@ -43,6 +43,8 @@ class Audio:
     announced: bool = False  # the model learns to open the span, after text that it says
     heard: Tensor | None = None  # (K, D), what stands at the kept positions; None: their latents
     next_kept: bool = True  # each predicts the next kept one; false: the immediate next
+    # (K + 1,) int64, which of the next ones the start and each kept latent predict; None: the first
+    distances: Tensor | None = None
     own: bool = False  # all positions stay; those that are not kept predict their own latent
 
 
@@ -252,8 +254,8 @@ class _Layout:
     ) -> dict[str, Tensor]:
         """Lay out start, kept latents and, where something follows, the end.
 
-        The start and each kept latent predict the next kept one, or the immediate next; the last
-        predicts the end, at target position N.
+        The start and each kept latent predict the next kept one, or the immediate next, or with
+        `distances` one behind it; the end is target position N, beyond it there is none.
         """
         num_tokens, num_kept = len(part.latents), len(part.kept)
         length = 1 + num_kept + int(closed)
@@ -267,18 +269,20 @@ class _Layout:
         is_audio, predicts, learned = no.clone(), no.clone(), no.clone()
         is_audio[1 : 1 + num_kept] = True
         learned[0] = part.announced and not unconditional
-        # Of the start and of each kept latent.
-        targets = places[1:] if part.next_kept else places[:-1] + 1
-        is_target = (targets < num_tokens) | self.end_of_audio
+        ones = torch.ones(1 + num_kept, dtype=torch.long)
+        distances = ones if part.distances is None else part.distances
+        targets = places[:-1] + distances
+        if part.next_kept:
+            numbers = torch.arange(1 + num_kept) + distances
+            targets = F.pad(places, (0, 1), value=num_tokens + 1)[numbers.clamp(max=num_kept + 2)]
+        is_target = (targets < num_tokens) | (self.end_of_audio & (targets == num_tokens))
         is_target &= part.learned
         predicts[: len(targets)] = is_target
         targets = targets[is_target]
         target_latents = F.pad(part.latents, (0, 0, 0, 1))[targets]
-        # The start is followed by a latent in any clip, so its prediction needs no weight. Nor does
-        # any that masking leaves as frequent as it was.
-        weight = torch.ones(len(is_target))
+        weight = torch.ones(len(is_target))  # masking leaves these as frequent as they were
         if part.next_kept:
-            weight[1:] = end_weights(num_tokens, part.kept, self.masking_ratio)
+            weight = end_weights(num_tokens, part.kept, self.masking_ratio, distances)
         return {
             "input_ids": input_ids,
             "position_ids": places[:length] + (position + 1),
