@@ -2,7 +2,8 @@
 
 Each calls `predict(noisy, timesteps)`, with (R, D) float32 and a (1,) that holds for all rows,
 and `draw(step)` for the (R, D) standard normal of a step; step 0 starts the chain.
-Nothing here reads a value back from the device.
+The places of all calls are known before the first, `Sampler.places`, and nothing here reads a value
+back from the device.
 
 `temperature` scales the starting noise and the noise that a step adds, where it adds some; that of
 `ddpm`, as in MAR, only the latter. `clamp_predicted` bounds every prediction of the clean latents.
@@ -84,6 +85,23 @@ def ddpm(
     return noisy
 
 
+def even_times(num_inference_steps: int, device: torch.device) -> Tensor:
+    """Give the (K,) times at which steps of equal size from 0 to 1 start."""
+    return torch.arange(num_inference_steps, device=device) / num_inference_steps
+
+
+def midpoint_times(num_inference_steps: int, device: torch.device) -> Tensor:
+    """Give the (2K,) times of the calls of `midpoint`."""
+    times = even_times(num_inference_steps, device)
+    return torch.stack([times, times + 0.5 / num_inference_steps], dim=1).flatten()
+
+
+def heun_times(num_inference_steps: int, device: torch.device) -> Tensor:
+    """Give the (2K,) times of the calls of `heun`."""
+    times = even_times(num_inference_steps, device)
+    return torch.stack([times, times + 1 / num_inference_steps], dim=1).flatten()
+
+
 def euler(
     predict: Predict, draw: Draw, num_inference_steps: int, temperature: float = 1.0
 ) -> Tensor:
@@ -93,8 +111,7 @@ def euler(
     `temperature` scales the starting noise, the only noise there is.
     """
     latents = temperature * draw(0).float()  # (R, D)
-    times = torch.arange(num_inference_steps, device=latents.device) / num_inference_steps
-    for time in times.split(1):
+    for time in even_times(num_inference_steps, latents.device).split(1):
         latents = latents + predict(latents, time).float() / num_inference_steps
     return latents
 
@@ -105,10 +122,10 @@ def midpoint(
     """Integrate like `euler`, to second order, with two calls a step."""
     latents = temperature * draw(0).float()  # (R, D)
     half = 0.5 / num_inference_steps
-    times = torch.arange(num_inference_steps, device=latents.device) / num_inference_steps
-    for time in times.split(1):
+    times = midpoint_times(num_inference_steps, latents.device)
+    for time, half_way in times.view(-1, 2, 1).unbind():
         middle = latents + half * predict(latents, time).float()
-        latents = latents + 2 * half * predict(middle, time + half).float()
+        latents = latents + 2 * half * predict(middle, half_way).float()
     return latents
 
 
@@ -122,12 +139,17 @@ def heun(
     """
     latents = temperature * draw(0).float()  # (R, D)
     size = 1 / num_inference_steps
-    times = torch.arange(num_inference_steps, device=latents.device) / num_inference_steps
-    for time in times.split(1):
+    times = heun_times(num_inference_steps, latents.device)
+    for time, next_time in times.view(-1, 2, 1).unbind():
         start = predict(latents, time).float()
-        end = predict(latents + size * start, time + size).float()
+        end = predict(latents + size * start, next_time).float()
         latents = latents + size / 2 * (start + end)
     return latents
+
+
+def falling_timesteps(schedule: Schedule) -> Tensor:
+    """Give the (K,) timesteps of a chain from noise to data, of one call a step."""
+    return schedule.timesteps.flip(0)
 
 
 @dataclass(frozen=True)
@@ -135,6 +157,9 @@ class Sampler:
     """A sampler, and what those must know who run it."""
 
     run: Callable[..., Tensor]
+    # the places (C,) of the network's calls, in their order: of a schedule the timesteps, or of a
+    # number of steps and a device the times
+    places: Callable[..., Tensor]
     calls_per_step: int = 1  # of the network
     spacing: str = "log_snr"  # key in SPACINGS, of the chain of a noise sampler
     takes_eta: bool = False  # has an argument `eta`
@@ -142,14 +167,14 @@ class Sampler:
 
 # For networks that predict noise and its variance, and for those that predict a velocity.
 NOISE_SAMPLERS = {
-    "ddpm": Sampler(ddpm, spacing="even"),
-    "ddim": Sampler(ddim, takes_eta=True),
-    "dpmpp_2m": Sampler(dpmpp_2m),
-    "dpmpp_2m_sde": Sampler(dpmpp_2m_sde),
+    "ddpm": Sampler(ddpm, falling_timesteps, spacing="even"),
+    "ddim": Sampler(ddim, falling_timesteps, takes_eta=True),
+    "dpmpp_2m": Sampler(dpmpp_2m, falling_timesteps),
+    "dpmpp_2m_sde": Sampler(dpmpp_2m_sde, falling_timesteps),
 }
 VELOCITY_SAMPLERS = {
-    "euler": Sampler(euler),
-    "midpoint": Sampler(midpoint, calls_per_step=2),
-    "heun": Sampler(heun, calls_per_step=2),
+    "euler": Sampler(euler, even_times),
+    "midpoint": Sampler(midpoint, midpoint_times, calls_per_step=2),
+    "heun": Sampler(heun, heun_times, calls_per_step=2),
 }
 SAMPLERS = {**NOISE_SAMPLERS, **VELOCITY_SAMPLERS}

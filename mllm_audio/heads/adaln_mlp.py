@@ -8,6 +8,7 @@ The denoising MLP of MAR (Li et al. 2024, arXiv:2406.11838, section 4.1): adapti
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +18,30 @@ from mllm_audio.diffusion.samplers import Predict, guided
 
 NUM_SINUSOIDS = 256  # channels of the timestep code: cosines, then sines
 MAX_PERIOD = 10_000  # of the slowest sinusoid, in timesteps, over 2 pi
+MODULATED_ROWS = 256  # modulated at once while sampling, which bounds what that holds
 
 
 def _modulate(hidden: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """Shift and scale (R, W); all zeros is the identity."""
     return hidden * (1 + scale) + shift
+
+
+def project(linear: nn.Module, rows: Tensor) -> Tensor:
+    """Apply `linear` to (R, I).
+
+    For 2 or 3 rows, as with guidance, CPU libraries take half as long again for the product of rows
+    and weights as for that of weights and columns, which reads the weights once.
+    """
+    if (
+        type(linear) is nn.Linear
+        and len(rows) in (2, 3)
+        and rows.device.type == "cpu"
+        and rows.dtype == linear.weight.dtype == torch.float32
+        and not torch.is_grad_enabled()
+    ):
+        columns = torch.addmm(linear.bias[:, None], linear.weight, rows.t())  # (O, R)
+        return columns.t().contiguous()
+    return linear(rows)  # type: ignore[no-any-return]
 
 
 class TimestepEmbedding(nn.Module):
@@ -52,11 +72,12 @@ class AdaLNBlock(nn.Module):
         self.linear_out = nn.Linear(width, width)
         self.modulation = nn.Linear(width, 3 * width)
 
-    def forward(self, hidden: Tensor, embedding: Tensor) -> Tensor:
-        """Transform (R, W) under (R, W) `embedding`, which comes activated; returns (R, W)."""
-        shift, scale, gate = self.modulation(embedding).chunk(3, dim=-1)
+    def forward(self, hidden: Tensor, modulation: Tensor) -> Tensor:
+        """Transform (R, W) under (R, 3W), what `self.modulation` made; returns (R, W)."""
+        shift, scale, gate = modulation.chunk(3, dim=-1)
         update = _modulate(self.norm(hidden), shift, scale)
-        return hidden + gate * self.linear_out(F.silu(self.linear_in(update)))
+        update = project(self.linear_out, F.silu(project(self.linear_in, update)))
+        return hidden + gate * update
 
 
 class AdaLNOutput(nn.Module):
@@ -68,17 +89,19 @@ class AdaLNOutput(nn.Module):
         self.modulation = nn.Linear(width, 2 * width)
         self.projection = nn.Linear(width, out_dim)
 
-    def forward(self, hidden: Tensor, embedding: Tensor) -> Tensor:
-        """Project (R, W) to (R, out_dim)."""
-        shift, scale = self.modulation(embedding).chunk(2, dim=-1)
-        return self.projection(_modulate(self.norm(hidden), shift, scale))
+    def forward(self, hidden: Tensor, modulation: Tensor) -> Tensor:
+        """Project (R, W) under (R, 2W), what `self.modulation` made, to (R, out_dim)."""
+        shift, scale = modulation.chunk(2, dim=-1)
+        return project(self.projection, _modulate(self.norm(hidden), shift, scale))
 
 
 class AdaLNMLP(nn.Module):
     """Predict something about noisy latents, given their timestep and a condition.
 
-    Sampling calls the network many times under one condition, so the condition is embedded
-    separately. Inputs of any precision are cast to that of the weights; outputs are float32.
+    Most weights make the modulations, of timestep and condition and not of the latents. Sampling
+    knows its timesteps beforehand, so `modulations` makes them for many calls in one product, and a
+    call reads the other weights only. Inputs of any precision are cast to that of the weights;
+    outputs are float32.
     """
 
     def __init__(
@@ -109,16 +132,47 @@ class AdaLNMLP(nn.Module):
         """Embed (R, Z) conditions as (R, W), for `forward`."""
         return self.condition_projection(condition.to(self.condition_projection.weight.dtype))
 
-    def forward(self, noisy: Tensor, timesteps: Tensor, condition_embedding: Tensor) -> Tensor:
+    def modulate(self, timestep_embedding: Tensor, condition_embedding: Tensor) -> list[Tensor]:
+        """Make (..., 3W) for each block and (..., 2W) for the output of two (..., W)."""
+        embedding = F.silu(timestep_embedding + condition_embedding)
+        return [layer.modulation(embedding) for layer in (*self.blocks, self.output)]
+
+    def modulations(
+        self, timesteps: Tensor, condition_embedding: Tensor
+    ) -> Iterator[tuple[Tensor, ...]]:
+        """Give what `forward` takes in each of K calls, for `MODULATED_ROWS` rows at a time.
+
+        Args:
+            timesteps: (K,), each for all rows, in the order of the calls.
+            condition_embedding: (R, W), of `embed_condition`.
+        """
+        embeddings = self.timestep_embedding(timesteps)  # (K, W)
+        num_calls = max(1, MODULATED_ROWS // max(1, len(condition_embedding)))
+        for some in embeddings.split(num_calls):
+            yield from zip(*self.modulate(some[:, None], condition_embedding), strict=True)
+
+    def forward(
+        self,
+        noisy: Tensor,
+        timesteps: Tensor | None = None,
+        condition_embedding: Tensor | None = None,
+        modulation: Sequence[Tensor] | None = None,
+    ) -> Tensor:
         """Map (R, D) noisy latents to (R, out_dim) float32.
 
-        `timesteps` is (R,), or (1,) for all rows; `condition_embedding` is (R, W).
+        Args:
+            noisy: (R, D).
+            timesteps: (R,), or (1,) for all rows.
+            condition_embedding: (R, W), of `embed_condition`.
+            modulation: in place of these two, one of `modulations`.
         """
-        hidden = self.input_projection(noisy.to(self.input_projection.weight.dtype))  # (R, W)
-        embedding = F.silu(self.timestep_embedding(timesteps) + condition_embedding)  # (R, W)
-        for block in self.blocks:
-            hidden = block(hidden, embedding)
-        return self.output(hidden, embedding).float()
+        if modulation is None:
+            assert timesteps is not None and condition_embedding is not None
+            modulation = self.modulate(self.timestep_embedding(timesteps), condition_embedding)
+        hidden = project(self.input_projection, noisy.to(self.input_projection.weight.dtype))  # (R, W)
+        for block, of_block in zip(self.blocks, modulation, strict=False):
+            hidden = block(hidden, of_block)
+        return self.output(hidden, modulation[-1]).float()
 
 
 def predict_under(
@@ -126,6 +180,7 @@ def predict_under(
     condition: Tensor,
     unconditional: Tensor | None,
     guidance_scale: float | Tensor,
+    timesteps: Tensor | None = None,
 ) -> Predict:
     """Close `network` over (R, Z) conditions, as samplers want it.
 
@@ -133,22 +188,38 @@ def predict_under(
     variance behind them is the conditional branch's. Scale 1 never runs the second branch;
     an (R, 1) scale for each row always does.
 
+    Args:
+        network: weights are read when it is called and not kept, except within a chain.
+        condition: (R, Z).
+        unconditional: (R, Z), or None without guidance.
+        guidance_scale: MAR's s, or (R, 1).
+        timesteps: (K,), those of the calls to come, in order, which is much faster: the closure
+            serves one chain, and does not read the timesteps it is called with. None: any call.
+
     Raises:
         ValueError: if `guidance_scale` asks for a branch that is not given.
     """
-    if not isinstance(guidance_scale, Tensor) and guidance_scale == 1:
-        condition_embedding = network.embed_condition(condition)  # (R, W)
-        return lambda noisy, timesteps: network(noisy, timesteps, condition_embedding)
-    if unconditional is None:
-        raise ValueError(
-            f"guidance_scale is {guidance_scale} but no unconditional hidden states were given; "
-            "pass them, or set guidance_scale=1"
-        )
-    both = network.embed_condition(torch.cat([condition, unconditional]))  # (2R, W)
+    is_guided = isinstance(guidance_scale, Tensor) or guidance_scale != 1
+    if is_guided:
+        if unconditional is None:
+            raise ValueError(
+                f"guidance_scale is {guidance_scale} but no unconditional hidden states were "
+                "given; pass them, or set guidance_scale=1"
+            )
+        condition = torch.cat([condition, unconditional])  # (2R, Z)
+    embedding = network.embed_condition(condition)  # (R or 2R, W)
+    modulations = None if timesteps is None else network.modulations(timesteps, embedding)
 
-    def predict(noisy: Tensor, timesteps: Tensor) -> Tensor:
+    def predict(noisy: Tensor, timestep: Tensor) -> Tensor:
+        rows = torch.cat([noisy, noisy]) if is_guided else noisy
+        if modulations is None:
+            output = network(rows, timestep, embedding)
+        else:
+            output = network(rows, modulation=next(modulations))
+        if not is_guided:
+            return output
         dim = noisy.shape[-1]
-        first, second = network(torch.cat([noisy, noisy]), timesteps, both).chunk(2)  # (R, out)
+        first, second = output.chunk(2)  # (R, out_dim) each
         prediction = guided(first[:, :dim], second[:, :dim], guidance_scale)  # (R, D)
         return torch.cat([prediction, first[:, dim:]], dim=-1)
 

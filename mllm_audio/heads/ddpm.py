@@ -106,10 +106,12 @@ class DDPMHead(nn.Module):
     ) -> Tensor:
         """Draw (R, D) float32 latents under (R, Z) conditions, as `Head.sample`."""
         sampler = find_sampler(NOISE_SAMPLERS, config.sampler or "ddpm", self.config.name)
+        schedule = self.schedule(config.num_inference_steps, condition.device, sampler.spacing)
+        timesteps, scale = sampler.places(schedule), config.guidance_scale
         return sampler.run(
-            predict_under(self.network, condition, unconditional, config.guidance_scale),
+            predict_under(self.network, condition, unconditional, scale, timesteps),
             noise.draw,
-            self.schedule(config.num_inference_steps, condition.device, sampler.spacing),
+            schedule,
             config.temperature,
             self.config.clamp_predicted,
             **({"eta": config.eta} if sampler.takes_eta else {}),

@@ -72,9 +72,10 @@ class FlowHead(nn.Module):
     ) -> Tensor:
         """Draw (R, D) float32 latents under (R, Z) conditions, as `Head.sample`."""
         sampler = find_sampler(VELOCITY_SAMPLERS, config.sampler or "euler", self.config.name)
-        predict = predict_under(self.network, condition, unconditional, config.guidance_scale)
+        times = sampler.places(config.num_inference_steps, condition.device)
+        timesteps, scale = TIME_SCALE * times, config.guidance_scale
         return sampler.run(
-            lambda noisy, times: predict(noisy, TIME_SCALE * times),
+            predict_under(self.network, condition, unconditional, scale, timesteps),
             noise.draw,
             config.num_inference_steps,
             config.temperature,
