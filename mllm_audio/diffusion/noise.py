@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -51,16 +52,23 @@ def uniform(seeds: Tensor, position: Tensor, step: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Noise:
-    """The noise of one position of every row being decoded."""
+    """The noise of one position of every row being decoded.
+
+    Its tensors are not to be changed in place: what all steps share is computed once.
+    """
 
     seeds: Tensor  # (R,) int64, one per request
     position: Tensor  # (R,) int64, the target position being drawn
     dim: int  # D
 
+    @cached_property
+    def _keys(self) -> Tensor:
+        """Hash seeds and positions, (R,) int64."""
+        return _mix(_mix(self.seeds) + self.position)
+
     def draw(self, step: int) -> Tensor:
         """Draw the (R, D) float32 standard normal of sampling step `step`."""
-        row = _mix(_mix(_mix(self.seeds) + self.position) + step)  # (R,)
-        channel = torch.arange(self.dim, device=row.device)  # (D,)
-        first = _uniform(row[:, None] + 2 * channel)  # (R, D)
-        second = _uniform(row[:, None] + 2 * channel + 1)  # (R, D)
+        row = _mix(self._keys + step)  # (R,)
+        counters = row[:, None] + torch.arange(2 * self.dim, device=row.device)  # (R, 2D)
+        first, second = _uniform(counters).view(len(row), self.dim, 2).unbind(-1)  # (R, D) each
         return ((-2 * first.log()).sqrt() * (2 * math.pi * second).cos()).float()

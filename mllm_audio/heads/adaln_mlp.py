@@ -169,7 +169,9 @@ class AdaLNMLP(nn.Module):
         if modulation is None:
             assert timesteps is not None and condition_embedding is not None
             modulation = self.modulate(self.timestep_embedding(timesteps), condition_embedding)
-        hidden = project(self.input_projection, noisy.to(self.input_projection.weight.dtype))  # (R, W)
+        hidden = project(
+            self.input_projection, noisy.to(self.input_projection.weight.dtype)
+        )  # (R, W)
         for block, of_block in zip(self.blocks, modulation, strict=False):
             hidden = block(hidden, of_block)
         return self.output(hidden, modulation[-1]).float()
