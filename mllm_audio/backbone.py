@@ -183,7 +183,7 @@ def run(
     backbone: PreTrainedModel,
     inputs_embeds: Tensor,
     position_ids: Tensor,
-    attention_mask: Tensor | None = None,
+    attention_mask: Tensor | dict[str, Tensor] | None = None,
     cache: Cache | None = None,
     segment_ids: Tensor | None = None,
 ) -> Tensor:
@@ -193,7 +193,8 @@ def run(
         backbone: any HF causal LM.
         inputs_embeds: (B, T, H).
         position_ids: (B, T), gaps allowed.
-        attention_mask: (B, cached + T) bool, false where a row is padded; None if nowhere.
+        attention_mask: (B, cached + T) bool, false where a row is padded; None if nowhere. Or who
+            looks at whom, as `windowed` returns it.
         cache: keys and values of earlier positions, extended in place.
         segment_ids: (B, T) of packed rows, which attention must not cross; without a cache.
 
@@ -206,7 +207,7 @@ def run(
         attention_mask = torch.ones(
             inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device
         )
-    mask: Tensor | dict[str, Tensor] = attention_mask
+    mask = attention_mask
     if cache is None and (segment_ids is not None or _window_binds(backbone, position_ids)):
         mask = _square_mask(backbone, position_ids, segment_ids)
     options: dict[str, Any] = {"past_key_values": cache, "use_cache": cache is not None}
@@ -255,10 +256,27 @@ def _square_mask(
     full = square.expand(len(position_ids), 1, length, length)
     if segment_ids is not None:
         full = full & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
+    return windowed(backbone, full, position_ids, position_ids)
+
+
+def windowed(
+    backbone: PreTrainedModel, full: Tensor, queries: Tensor, keys: Tensor
+) -> Tensor | dict[str, Tensor]:
+    """Hide what lies outside the backbone's sliding window, if it has one.
+
+    Args:
+        backbone: whose layers may differ in it.
+        full: (B, 1, T, T') bool, true where the row's element may look at the column's.
+        queries: (B, T) positions of the rows.
+        keys: (B, T') positions of the columns.
+
+    Returns:
+        The mask, or one for each kind of layer.
+    """
     window = getattr(backbone.config, "sliding_window", None)
     if window is None:
         return full
-    distance = position_ids[:, None, :, None] - position_ids[:, None, None, :]
+    distance = queries[:, None, :, None] - keys[:, None, None, :]
     sliding = full & (distance < window)
     kinds = set(getattr(backbone.config, "layer_types", None) or ["sliding_attention"])
     if len(kinds) > 1:

@@ -1,4 +1,4 @@
-"""Peak arithmetic, memory and bandwidth of GPU types, from their makers' data sheets."""
+"""Peak arithmetic, memory and bandwidth of GPU types by data sheet; what a CPU computes in."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import platform
 import re
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from mllm_audio.config import nearest
 
@@ -136,3 +138,10 @@ def machine_name() -> str:
         names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
         processor = names[0].partition(":")[2].strip() if names else processor
     return f"{platform.system()} {platform.machine()}, {processor}, {os.cpu_count()} cores"
+
+
+def has_bf16(device_type: str) -> bool:
+    """Tell whether a device multiplies bf16: an x86 CPU without AVX-512 BF16 or AMX emulates it."""
+    if device_type != "cpu" or platform.machine() not in ("x86_64", "AMD64"):
+        return True
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

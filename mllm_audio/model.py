@@ -134,9 +134,13 @@ class AudioLanguageModel(Checkpointed):
         self,
         inputs_embeds: Tensor,
         position_ids: Tensor,
-        attention_mask: Tensor,
+        attention_mask: Tensor | dict[str, Tensor],
         cache: Cache,
+        count: int = 1,
     ) -> Tensor:
-        """Extend the cache by (R, T, H) embeddings; return the last element's (R, H) state."""
+        """Extend the cache by (R, T, H) embeddings; return the last `count` states, (R, count, H).
+
+        The mask is one of `backbone.run`.
+        """
         states = backbones.run(self.backbone, inputs_embeds, position_ids, attention_mask, cache)
-        return states[:, -1].float()
+        return states[:, -count:].float()

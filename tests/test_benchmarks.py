@@ -24,7 +24,9 @@ from mllm_audio.cli import cli
 from mllm_audio.data.layout import Text
 from mllm_audio.diffusion.samplers import SAMPLERS
 from mllm_audio.heads import HEADS
+from mllm_audio.heads.base import HeadConfig
 from mllm_audio.masking import MaskingConfig, num_kept
+from mllm_audio.modality import AudioConfig
 from mllm_audio.training.engine import SingleProcessEngine
 
 
@@ -205,25 +207,46 @@ def test_bfloat16_holds_backbone_and_head_and_leaves_the_rest(tmp_path, tiny_sub
     assert report.header.settings["dtype"] == "bfloat16" and report.figures["rtf"] > 0
 
 
+def sized(name="ddpm", **audio):
+    """Give what `resolve` reads of a model with the head `name`."""
+    config = AudioConfig(head=HeadConfig(name=name), **audio)
+    return SimpleNamespace(audio=SimpleNamespace(config=config))
+
+
 def test_fast_settings_are_there_for_every_head_and_give_way_to_what_is_typed():
     assert generate_config.FAST.keys() == HEADS.keys()
     defaults = presets.get_preset("audiomntp_base").generation
+    config = generate_config.GenerateConfig
     for head, fast in generate_config.FAST.items():
         assert fast.sampler is None or fast.sampler in SAMPLERS
-        resolved = generate_config.GenerateConfig(fast=True).resolve(defaults, head)
+        resolved = config(fast=True).resolve(defaults, sized(head))
         assert resolved.num_inference_steps == fast.num_inference_steps < 100
-    typed = generate_config.GenerateConfig(
-        fast=True, num_inference_steps=3, sampler="ddpm", guidance_scale=2.0
-    ).resolve(replace(defaults, guidance_weight=6.0), "ddpm")
+        assert resolved.tokens_per_step == 4
+    typed = config(
+        fast=True, num_inference_steps=3, sampler="ddpm", guidance_scale=2.0, tokens_per_step=2
+    ).resolve(replace(defaults, guidance_weight=6.0), sized())
     assert (typed.num_inference_steps, typed.sampler) == (3, "ddpm")
     assert (typed.guidance_scale, typed.guidance_weight) == (2.0, None)
-    plain = generate_config.GenerateConfig().resolve(defaults, "ddpm")
+    assert typed.tokens_per_step == 2
+    untold = config(fast=True).resolve(defaults, sized(target_positions=False))
+    assert untold.tokens_per_step == 1  # such a model cannot
+    plain = config().resolve(defaults, sized())
     assert plain == replace(defaults, seconds=10.24)
+
+
+def test_fast_runs_the_backbone_and_the_head_once_a_column(tmp_path):
+    options = ("generate", "--preset", "tiny", "--seconds", 0.64, "--repetitions", 1)
+    report, _ = bench(tmp_path, *options, "--fast")
+    assert report.header.settings["tokens_per_step"] == 4
+    calls = {part: report.figures[f"{part}.calls"] for part in ("prompt", "backbone", "head")}
+    assert calls == {"prompt": 1, "backbone": 3, "head": 4}
+    typed, _ = bench(tmp_path, *options, "--fast", "--tokens-per-step", 8)
+    assert typed.figures["head.calls"] == 2
 
 
 def test_settings_list_what_is_typed_and_what_is_not_default(tiny_subject):
     config = generate_config.GenerateConfig(fast=True, guidance_scale=3.0)
-    resolved = config.resolve(tiny_subject.voice.defaults, "flow")
+    resolved = config.resolve(tiny_subject.voice.defaults, tiny_subject.voice.model)
     settings = generate_config.listed_settings(tiny_subject, config, resolved, 1)
     assert settings["guidance_scale"] == 3.0 and settings["num_inference_steps"] == 8
     assert settings["temperature"] == 0.7  # the preset's; GenerationConfig has 1
@@ -261,7 +284,7 @@ def test_what_is_fed_at_once_is_what_is_fed_latent_by_latent(tiny_subject):
     with torch.inference_mode():
         begun = lengths._rows(voice, part, 2, per_column, True)
         for index in range(per_column, 2 * per_column):
-            begun.feed_latents(latents[index].expand(2, -1), index, True)
+            begun.feed_latents(latents[index].expand(2, 1, -1), index, range(index + 1, index + 2))
         at_once = lengths._rows(voice, part, 2, 2 * per_column, True)
     assert isinstance(part, Text) and at_once.hidden.shape[0] == 4
     assert torch.equal(begun.positions, at_once.positions)

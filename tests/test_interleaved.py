@@ -110,10 +110,10 @@ def recomputed(voice, row):
 
 
 def assert_same_states(states, expected, first):
-    """Each recorded (R', H) state is the one of its position, the first at `first`."""
+    """Each recorded (R', 1, H) state is the one of its position, the first at `first`."""
     scale = float(expected.abs().max())
     for index, state in enumerate(states):
-        assert float((state - expected[:, first + index]).abs().max()) <= 1e-4 * scale, index
+        assert float((state[:, 0] - expected[:, first + index]).abs().max()) <= 1e-4 * scale, index
 
 
 def prompt_text(voice, messages, **options):

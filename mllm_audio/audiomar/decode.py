@@ -26,6 +26,10 @@ class DecodingConfig(Protocol):
     def decoding_steps(self) -> int:
         """Passes over a clip, at most one per latent."""
 
+    @property
+    def tokens_per_step(self) -> int:
+        """Of causal models; here decoding_steps decides."""
+
     def sampling_at(self, position: int, num_tokens: int) -> SamplingConfig:
         """Resolve how the latent is drawn that is decoded `position`-th, from 0."""
 
@@ -92,8 +96,13 @@ def decode_order(
         (R, N, D) float32 latents as the tokenizer makes them.
 
     Raises:
-        ValueError: if the model cannot make a clip that long.
+        ValueError: if the model cannot make a clip that long, or so.
     """
+    if config.tokens_per_step != 1:
+        raise ValueError(
+            f"tokens_per_step is {config.tokens_per_step}, but AudioMAR draws as many latents in a "
+            "pass as decoding_steps leaves for it; leave tokens_per_step at 1"
+        )
     longest = model.audio.config.max_tokens
     num_tokens = longest if num_tokens is None else num_tokens
     if not 0 < num_tokens <= longest:

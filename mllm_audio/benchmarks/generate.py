@@ -99,7 +99,7 @@ def bench_generate(
     voice = subject.voice
     audio = voice.model.audio.config
     cast(voice.model, config.dtype)
-    task = Task(voice, config.resolve(voice.defaults, audio.head.name), config.batch_size)
+    task = Task(voice, config.resolve(voice.defaults, voice.model), config.batch_size)
     num_tokens = task.num_tokens
     header = Header(
         benchmark="generate",

@@ -16,7 +16,8 @@ from mllm_audio.benchmarks.timing import Stopwatch
 from mllm_audio.data.dataset import seeded
 from mllm_audio.data.layout import Audio, Prompt, Text, collate
 from mllm_audio.generation.decode import GenerationConfig, audio_span, token_limits
-from mllm_audio.generation.rows import Rows
+from mllm_audio.generation.parallel import asked_targets
+from mllm_audio.generation.rows import NEXT, Rows
 from mllm_audio.generation.voice import Voice
 from mllm_audio.text import SpecialIds
 
@@ -58,7 +59,8 @@ def length_figures(
         _, num_tokens = token_limits(voice.model.audio.config, timed)
         per_column = voice.model.audio.config.tokens_per_column
         first = num_tokens - LAST_COLUMNS * per_column
-        rows = _rows(voice, part, num_rows, first, timed.is_guided(num_tokens))
+        asked = asked_targets(first, config.tokens_per_step, num_tokens)
+        rows = _rows(voice, part, num_rows, first, timed.is_guided(num_tokens), asked)
         watch = Stopwatch(voice.model.device)
         steps = audio_span(rows, range(num_rows), timed, num_tokens, first)
         for _ in range(per_column):  # unmeasured
@@ -76,8 +78,10 @@ def length_figures(
     return figures
 
 
-def _rows(voice: Voice, part: Text | Prompt, num_rows: int, given: int, guided: bool) -> Rows:
-    """Feed the prompt and `given` random latents, the last of which predicts the next one."""
+def _rows(
+    voice: Voice, part: Text | Prompt, num_rows: int, given: int, guided: bool, asked: range = NEXT
+) -> Rows:
+    """Feed the prompt and `given` random latents, the last of which predicts what is `asked`."""
     model, copies = voice.decoder, 2 if guided else 1
     shape = (given + 1, model.audio.config.latent_dim)  # one more, cut off again below
     latents = torch.randn(shape, generator=seeded("benchmark latents"))
@@ -95,7 +99,7 @@ def _rows(voice: Voice, part: Text | Prompt, num_rows: int, given: int, guided: 
     embeds = model.embed(batch)[:, :length]  # (R', T, H)
     positions = batch.position_ids[:, :length]
     mask = torch.ones_like(positions, dtype=torch.bool)
-    return Rows.begin(model, special, guided, embeds, positions, mask)
+    return Rows.begin(model, special, guided, embeds, positions, mask, asked)
 
 
 def _cache_bytes(rows: Rows) -> int:

@@ -46,6 +46,7 @@ class SamplerOption(click.Option):
 @click.option("--seconds", type=float, help="Exact duration; by default the model decides.")
 @click.option("--num-inference-steps", type=int, help="Head calls per latent.")
 @click.option("--final-inference-steps", type=int, help="The same at the last latent of a sound.")
+@click.option("--tokens-per-step", type=int, help="Latents drawn at once; 4 are a column.")
 @click.option("--guidance-scale", type=float, help="MAR's s: 1 is no guidance.")
 @click.option("--guidance-weight", type=float, help="The paper's w = s - 1: 0 is no guidance.")
 @click.option("--guidance-schedule", help="constant, linear (MAR's rise) or annealed (the paper).")

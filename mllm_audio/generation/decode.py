@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 from mllm_audio.config import check_range
-from mllm_audio.data.layout import Prompt, stacked
+from mllm_audio.data.layout import Prompt
 from mllm_audio.diffusion.noise import Noise
-from mllm_audio.generation.rows import Rows, text_batch
+from mllm_audio.generation.parallel import asked_targets
+from mllm_audio.generation.prompt_batch import prompt_batch, prompt_length
+from mllm_audio.generation.rows import Rows
 from mllm_audio.heads.base import SamplingConfig, check_eta
 from mllm_audio.modality import AudioConfig
 from mllm_audio.model import AudioLanguageModel
 from mllm_audio.text import SpecialIds
-from mllm_audio.types import Batch
 
 GUIDANCE_SCHEDULES = ("constant", "linear", "annealed")
 DECODING_ORDERS = ("random", "causal")
@@ -52,6 +53,9 @@ class GenerationConfig:
     min_seconds: float = 0.16  # never end before
     max_seconds: float | None = None  # always end by; None = the model's longest clip
     end_threshold: float | None = None  # end where its probability exceeds this; None samples it
+    # latents drawn at once, independently of each other: 4 are one column of our tokenizers. For
+    # models that were trained with `masking.max_distance` as large
+    tokens_per_step: int = 1
     as_request: bool = False  # `generate` puts captions through the chat template, as a user's
     decoding_order: str = "random"  # of AudioMAR, in DECODING_ORDERS
     decoding_steps: int = 64  # of AudioMAR: passes over a clip, at most one per latent
@@ -69,7 +73,7 @@ class GenerationConfig:
                 f"expected one of {', '.join(DECODING_ORDERS)}"
             )
         check_range("generation", self, 1, 10_000, "num_inference_steps", "final_inference_steps")
-        check_range("generation", self, 1, 10_000, "decoding_steps")
+        check_range("generation", self, 1, 10_000, "decoding_steps", "tokens_per_step")
         check_eta(self.eta, self.sampler)
         check_range("generation", self, 0, 10, "temperature")
         check_range("generation", self, -1000, 1000, "guidance_scale", "guidance_weight")
@@ -96,12 +100,16 @@ class GenerationConfig:
         change = self.final_inference_steps - self.num_inference_steps
         return self.num_inference_steps + round(change * position / (num_tokens - 1))
 
-    def sampling_at(self, position: int, num_tokens: int) -> SamplingConfig:
-        """Resolve how the latent at `position` of `num_tokens` is drawn."""
+    def sampling_at(self, position: int, num_tokens: int, count: int = 1) -> SamplingConfig:
+        """Resolve how the latents at `count` positions from `position` on, of `num_tokens`, are
+        drawn at once: with the steps of the first of them, each with a scale of its own.
+        """
+        scales = [self.scale_at(position + i, num_tokens) for i in range(count)]
+        alike = scales == scales[:1] * count
         return SamplingConfig(
             sampler=self.sampler,
             num_inference_steps=self.steps_at(position, num_tokens),
-            guidance_scale=self.scale_at(position, num_tokens),
+            guidance_scale=scales[0] if alike else torch.tensor(scales)[:, None],  # (count, 1)
             temperature=self.temperature,
             eta=self.eta,
         )
@@ -149,7 +157,7 @@ def check_prompts(
         ValueError: with the length found and the room there is.
     """
     room = model.backbone.config.max_position_embeddings - num_tokens - 1
-    longest = max(map(_length, prompts))
+    longest = max(map(prompt_length, prompts))
     if longest > room:
         raise ValueError(
             f"a caption has {longest} text tokens, the model has room for {room} beside "
@@ -185,9 +193,10 @@ def decode(
     _, longest = token_limits(model.audio.config, config)
     check_prompts(model, prompts, longest)
     guided = config.is_guided(longest)
-    batch, mask = _prompt_batch(prompts, special, guided, model.audio.config.latent_dim)
+    batch, mask = prompt_batch(prompts, special, guided, model.audio.config.latent_dim)
     batch, mask = batch.to(model.device), mask.to(model.device)
-    rows = Rows.begin(model, special, guided, model.embed(batch), batch.position_ids, mask)
+    asked = asked_targets(0, config.tokens_per_step, longest)
+    rows = Rows.begin(model, special, guided, model.embed(batch), batch.position_ids, mask, asked)
     # What follows the last latent is not asked for, so the step that feeds it is not taken.
     yield from islice(audio_span(rows, seeds, config, longest), longest)
 
@@ -195,10 +204,13 @@ def decode(
 def audio_span(
     rows: Rows, seeds: Sequence[int], config: GenerationConfig, longest: int, first: int = 0
 ) -> Iterator[DecodeStep]:
-    """Decode the latents of one span in every row; each is fed before the next one is asked for.
+    """Decode the latents of one span in every row, `tokens_per_step` at a time.
+
+    Each is fed before what follows is asked for; what is left over when it ends, too.
 
     Args:
-        rows: fed up to `<|audio_start|>`, or up to the latent before `first`.
+        rows: fed up to `<|audio_start|>`, or up to the latent before `first`; the element fed last
+            is asked for the targets of the first step, `asked_targets(first, ...)`.
         seeds: one per row, of the noise.
         config: durations, guidance, steps.
         longest: latents after which the span ends in any case.
@@ -206,63 +218,56 @@ def audio_span(
 
     Yields:
         A `DecodeStep` per latent, until every row has ended.
+
+    Raises:
+        ValueError: if the model cannot be asked for several latents at once.
     """
     audio = rows.model.audio
-    fewest, _ = token_limits(audio.config, config)
+    if config.tokens_per_step > 1 and audio.target_positions is None:
+        raise ValueError(
+            f"tokens_per_step is {config.tokens_per_step}, but the model is not told which latent "
+            "to predict (audio.target_positions=false); set it to 1"
+        )
     row_seeds = torch.tensor(seeds, dtype=torch.long, device=rows.hidden.device)  # (R,)
     active = torch.ones(len(seeds), dtype=torch.bool, device=rows.hidden.device)
-    for index in range(first, longest):
-        noise = Noise(row_seeds, torch.full_like(row_seeds, index), audio.config.latent_dim)
-        cond, uncond = rows.states
-        if index >= fewest and index % audio.config.tokens_per_column == 0:
-            active = active & ~audio.ends(cond, noise, config.end_threshold)
+    while first < longest:
+        asked = asked_targets(first, config.tokens_per_step, longest)
+        latents = _draw(rows, row_seeds, config, asked, longest)  # (R, k, D)
+        for number, index in enumerate(asked):
+            active = active & ~_ends(rows, row_seeds, config, number, index)
             if not bool(active.any()):
+                if number:
+                    rows.feed_latents(latents[:, :number], first, range(index, index + 1))
                 return
-        latents = audio.sample(cond, uncond, config.sampling_at(index, longest), noise)  # (R, D)
-        yield DecodeStep(latents, active)
+            yield DecodeStep(latents[:, number], active)
+        first = asked.stop
+        following = asked_targets(first, config.tokens_per_step, longest)
         # In models without an end, the last latent of a span predicts nothing.
-        rows.feed_latents(latents, index, audio.config.end_of_audio or index + 1 < longest)
+        is_last = first == longest and not audio.config.end_of_audio
+        rows.feed_latents(latents, asked.start, range(0) if is_last else following)
 
 
-def _length(prompt: Tensor | Prompt) -> int:
-    """Count the elements of a prompt."""
-    return sum(map(len, prompt.embeddings)) if isinstance(prompt, Prompt) else len(prompt)
+def _draw(
+    rows: Rows, seeds: Tensor, config: GenerationConfig, asked: range, longest: int
+) -> Tensor:
+    """Draw the latents that the rows are asked for, (R, k, D), with noise by their positions."""
+    audio, (cond, uncond), count = rows.model.audio, rows.states, len(asked)
+    sampling = config.sampling_at(asked.start, longest, count)
+    if isinstance(sampling.guidance_scale, Tensor):
+        scales = sampling.guidance_scale.to(cond.device).repeat(len(seeds), 1)  # (R k, 1)
+        sampling = replace(sampling, guidance_scale=scales)
+    positions = torch.arange(asked.start, asked.stop, device=seeds.device).repeat(len(seeds))
+    noise = Noise(seeds.repeat_interleave(count), positions, audio.config.latent_dim)
+    unconditional = None if uncond is None else uncond.flatten(0, 1)
+    latents = audio.sample(cond.flatten(0, 1), unconditional, sampling, noise)
+    return latents.unflatten(0, (len(seeds), count))
 
 
-def _prompt_batch(
-    prompts: Sequence[Tensor | Prompt], special: SpecialIds, guided: bool, latent_dim: int
-) -> tuple[Batch, Tensor]:
-    """Lay prompts and `<|audio_start|>` out, padded on the left, unconditional twins below.
-
-    Left padding puts every row's next element in the same cache slot; position ids and the
-    attention mask hide it from the model.
-    """
-    rows, longest = len(prompts), max(map(_length, prompts)) + 1
-    input_ids = torch.full((rows, longest), special.audio_start)
-    mask = torch.zeros(rows, longest, dtype=torch.bool)
-    for row, prompt in enumerate(prompts):
-        begin = longest - 1 - _length(prompt)
-        input_ids[row, begin:-1] = special.cond if isinstance(prompt, Prompt) else prompt
-        mask[row, begin:] = True
-    is_null = mask.repeat(2, 1)  # (2R, T)
-    is_null[:, -1] = False
-    is_null[:rows] = False
-    predicts = torch.zeros_like(mask)
-    predicts[:, -1] = True
-    copies = 2 if guided else 1
-
-    def both(value: Tensor) -> Tensor:
-        return value.repeat(copies, *[1] * (value.dim() - 1))
-
-    batch = text_batch(
-        both(input_ids),
-        both((mask.long().cumsum(dim=1) - 1).clamp_min(0)),
-        is_null[: copies * rows],
-        both(predicts),
-        latent_dim,
-    )
-    embedded = stacked([prompt for prompt in prompts if isinstance(prompt, Prompt)])
-    if embedded:
-        is_prompt = both(input_ids == special.cond)
-        batch = replace(batch, is_prompt=is_prompt, prompts=tuple(map(both, embedded)))
-    return batch, both(mask)
+def _ends(rows: Rows, seeds: Tensor, config: GenerationConfig, number: int, index: int) -> Tensor:
+    """Tell of each row, (R,) bool, whether it ends before target `index`, `number` of the step."""
+    audio = rows.model.audio
+    fewest, _ = token_limits(audio.config, config)
+    if index < fewest or index % audio.config.tokens_per_column:
+        return torch.zeros(len(seeds), dtype=torch.bool, device=seeds.device)
+    noise = Noise(seeds, torch.full_like(seeds, index), audio.config.latent_dim)
+    return audio.ends(rows.states[0][:, number], noise, config.end_threshold)

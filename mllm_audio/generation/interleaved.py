@@ -14,8 +14,9 @@ from mllm_audio.data.layout import Audio, ChatRow, Text, collate
 from mllm_audio.data.messages import AudioPart, TextPart
 from mllm_audio.data.template import end_of_reply
 from mllm_audio.generation.decode import GenerationConfig, audio_span
+from mllm_audio.generation.parallel import asked_targets
 from mllm_audio.generation.room import Room
-from mllm_audio.generation.rows import Rows
+from mllm_audio.generation.rows import NEXT, Rows
 from mllm_audio.generation.text import TextConfig, TextSampler, TextStream
 from mllm_audio.model import AudioLanguageModel
 from mllm_audio.text import SpecialIds
@@ -110,12 +111,13 @@ class Reply:
         sampler = TextSampler(self.text, self.seed, ids)
         rows = self._begin()
         if self.open_span:
-            yield from self._span(rows, self.given)
+            yield from self._span(rows, self.given, self._longest_open)
         last = self.row[-1]
         before = int(last.input_ids[-1]) if isinstance(last, Text) else self.special.audio_end
         while (yield from self._text(rows, sampler, before)) == self.special.audio_start:
-            rows.feed_id(self.special.audio_start)
-            yield from self._span(rows, self.given[:0])
+            longest = self.room.most(rows.last_position + 1)
+            rows.feed_id(self.special.audio_start, self._asked(0, longest))
+            yield from self._span(rows, self.given[:0], longest)
             before = self.special.audio_end
 
     def _begin(self) -> Rows:
@@ -137,7 +139,19 @@ class Reply:
         embeds = self.model.embed(batch)[:, : self.length]  # (R', T, H), no padding
         positions = batch.position_ids[:, : self.length]
         mask = torch.ones_like(positions, dtype=torch.bool)
-        return Rows.begin(self.model, self.special, copies == 2, embeds, positions, mask)
+        asked = NEXT
+        if self.open_span:
+            asked = self._asked(len(self.given), self._longest_open)
+        return Rows.begin(self.model, self.special, copies == 2, embeds, positions, mask, asked)
+
+    @property
+    def _longest_open(self) -> int:
+        """Count the latents that the open span may have in all."""
+        return self.room.most(self.length - len(self.given) - 1)
+
+    def _asked(self, first: int, longest: int) -> range:
+        """List what a span is asked for first, from content position `first` on."""
+        return asked_targets(first, self.config.tokens_per_step, longest)
 
     def _text(
         self, rows: Rows, sampler: TextSampler, before: int
@@ -160,20 +174,19 @@ class Reply:
 
     def _next_id(self, rows: Rows, sampler: TextSampler) -> int | None:
         """Choose the next id; None where the reply ends."""
-        position = int(rows.positions[0]) + 1
+        position = rows.last_position + 1
         if self.num_ids == self.text.max_new_tokens or position >= self.room.limit:
             return None
         forbidden = [self.special.audio, self.special.audio_end, self.special.cond]
         opened = self.num_spans - int(self.open_span)
         if opened == self.text.max_audio_spans or not self.room.opens(position):
             forbidden.append(self.special.audio_start)
-        token = sampler.choose(self.model.text_logits(rows.states[0]), forbidden)
+        token = sampler.choose(self.model.text_logits(rows.states[0][:, -1]), forbidden)
         self.num_ids += 1
         return None if token in self.end_ids else token
 
-    def _span(self, rows: Rows, given: Tensor) -> Iterator[SpanLatents]:
-        """Go on with a span of which (N, D) latents are fed, and close it."""
-        longest = self.room.most(int(rows.positions[0]) - len(given))
+    def _span(self, rows: Rows, given: Tensor, longest: int) -> Iterator[SpanLatents]:
+        """Go on with a span of which (N, D) latents are fed, and close it after `longest`."""
         seed = span_seed(self.seed, self.num_spans)
         index, self.num_spans = self.num_spans, self.num_spans + 1
         for step in audio_span(rows, [seed], self.config, longest, first=len(given)):

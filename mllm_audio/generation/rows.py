@@ -5,13 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from transformers import Cache, DynamicCache
+from transformers import DynamicCache
 
+from mllm_audio.backbone import windowed
 from mllm_audio.data.layout import IGNORED
+from mllm_audio.generation.cache import buffered_cache, forget
+from mllm_audio.generation.parallel import copies_mask, copies_of
 from mllm_audio.model import AudioLanguageModel
 from mllm_audio.text import SpecialIds
 from mllm_audio.types import Batch
+
+NEXT = range(1)  # asked of an element that is asked for one target, or for none
 
 
 @dataclass
@@ -24,10 +30,10 @@ class Rows:
     model: AudioLanguageModel
     special: SpecialIds
     guided: bool
-    cache: Cache
+    cache: DynamicCache
     mask: Tensor  # (R', T) bool, false where a row is padded
-    positions: Tensor  # (R', 1) of the elements fed last
-    hidden: Tensor  # (R', H), the state after them
+    positions: Tensor  # (R', T) of all elements
+    hidden: Tensor  # (R', k, H), the state after the last one, for each target asked of it
 
     @classmethod
     def begin(
@@ -38,53 +44,94 @@ class Rows:
         embeds: Tensor,
         position_ids: Tensor,
         mask: Tensor,
+        asked: range = NEXT,
     ) -> Rows:
-        """Feed the prompts: (R', T, H) embeddings at (R', T) positions, (R', T) mask."""
-        cache = DynamicCache(config=model.backbone.config)
-        hidden = model.step(embeds, position_ids, mask, cache)
-        return cls(model, special, guided, cache, mask, position_ids[:, -1:], hidden)
+        """Feed the prompts: (R', T, H) embeddings at (R', T) positions, (R', T) mask.
+
+        The last element is `asked` for these targets, with the first one's embedding added.
+        """
+        cache = buffered_cache(model.backbone.config)
+        rows = cls(model, special, guided, cache, mask[:, :0], position_ids[:, :0], embeds[:, :0])
+        rows._extend(embeds, position_ids, mask, asked)
+        return rows
+
+    @property
+    def last_position(self) -> int:
+        """Tell where the element fed last stands in the first row."""
+        return int(self.positions[0, -1])
 
     @property
     def states(self) -> tuple[Tensor, Tensor | None]:
-        """Split the state into (R, H) conditional and unconditional, None without guidance."""
+        """Split the state into (R, k, H) conditional and unconditional, None without guidance."""
         if not self.guided:
             return self.hidden, None
         cond, uncond = self.hidden.chunk(2)
         return cond, uncond
 
-    def feed(self, embeds: Tensor) -> None:
-        """Extend every row by one (R', 1, H) embedding."""
-        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
-        self.positions = self.positions + 1
-        self.hidden = self.model.step(embeds, self.positions, self.mask, self.cache)
+    def _extend(self, embeds: Tensor, positions: Tensor, mask: Tensor, asked: range) -> None:
+        """Extend every row by (R', T, H) embeddings at (R', T) positions."""
+        length, copies = embeds.shape[1], len(asked) - 1
+        self.mask = torch.cat([self.mask, mask], dim=1)
+        self.positions = torch.cat([self.positions, positions], dim=1)
+        visible: Tensor | dict[str, Tensor] = self.mask
+        if copies:
+            targets = self.model.audio.embed_targets(
+                torch.arange(asked.start, asked.stop, device=embeds.device)
+            )
+            embeds = torch.cat([embeds, copies_of(embeds[:, -1], targets)], dim=1)
+            again = positions[:, -1:].expand(-1, copies)
+            positions = torch.cat([positions, again], dim=1)
+            visible = windowed(
+                self.model.backbone,
+                copies_mask(self.mask, length, copies),
+                positions,
+                torch.cat([self.positions, again], dim=1),
+            )
+        self.hidden = self.model.step(embeds, positions, visible, self.cache, 1 + copies)
+        if copies:
+            forget(self.cache, copies)
 
-    def feed_id(self, token: int) -> None:
-        """Extend every row by a text id, the null prompt in unconditional rows, or by a marker."""
+    def feed(self, embeds: Tensor, asked: range = NEXT) -> None:
+        """Extend every row by (R', T, H) embeddings that follow one another."""
+        length = embeds.shape[1]
+        ahead = torch.arange(1, length + 1, device=embeds.device)
+        mask = self.mask.new_ones(len(self.mask), length)
+        self._extend(embeds, self.positions[:, -1:] + ahead, mask, asked)
+
+    def feed_id(self, token: int, asked: range = NEXT) -> None:
+        """Extend every row by a text id, the null prompt in unconditional rows, or by a marker.
+
+        `<|audio_start|>` is `asked` for the first latents.
+        """
         is_text = token not in (self.special.audio_start, self.special.audio_end)
-        is_null = torch.zeros_like(self.positions, dtype=torch.bool)
+        last = self.positions[:, -1:]
+        is_null = torch.zeros_like(last, dtype=torch.bool)
         if self.guided and is_text:
             is_null.chunk(2)[1].fill_(True)
         predicts = torch.full_like(is_null, token == self.special.audio_start)
         batch = text_batch(
-            torch.full_like(self.positions, token),
-            self.positions + 1,
+            torch.full_like(last, token),
+            last + 1,
             is_null,
             predicts,
             self.model.audio.config.latent_dim,
         )
-        self.feed(self.model.embed(batch))
+        self.feed(self.model.embed(batch), asked)
 
-    def feed_latents(self, latents: Tensor, index: int, predicts: bool) -> None:
-        """Extend every row by its (R, D) latent of content position `index`, alike in both twins.
+    def feed_latents(self, latents: Tensor, first: int, asked: range) -> None:
+        """Extend every row by its (R, n, D) latents from content position `first` on.
 
-        It `predicts` where the next latent, or the end, is to be read from its state.
+        They are alike in both twins. Each predicts the one behind it, the last what is `asked`,
+        which may be nothing.
         """
         audio, copies = self.model.audio, 2 if self.guided else 1
-        position = torch.full((len(latents),), index, device=latents.device)
-        embeds = audio.embed(latents, position)  # (R, H)
-        if predicts:
-            embeds = embeds + audio.embed_targets(position + 1)
-        self.feed(embeds[:, None].to(self.model.backbone.dtype).repeat(copies, 1, 1))
+        rows, count, _ = latents.shape
+        places = torch.arange(first, first + count, device=latents.device)
+        embeds = audio.embed(latents.flatten(0, 1), places.repeat(rows)).unflatten(0, (rows, count))
+        predicting = count if asked else count - 1
+        targets = audio.embed_targets(places[:predicting] + 1)  # (n or n - 1, H)
+        embeds = embeds + F.pad(targets, (0, 0, 0, count - predicting))
+        self.feed(embeds.to(self.model.backbone.dtype).repeat(copies, 1, 1), asked or NEXT)
 
 
 def text_batch(

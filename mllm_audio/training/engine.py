@@ -7,15 +7,18 @@ The loop in `trainer.py` does not know which engine runs it: `SingleProcessEngin
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from mllm_audio.data.dataset import seeded
+from mllm_audio.hardware import has_bf16
 from mllm_audio.models import Model
 from mllm_audio.training.checkpoint import Shard
 from mllm_audio.training.config import TrainConfig
@@ -186,8 +189,20 @@ def adam_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str,
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:
-    """Compute in bf16 where it is safe, or in float32 throughout."""
+    """Compute in bf16 where it is safe, or in float32 throughout.
+
+    A CPU that would emulate bf16, a hundred times slower, computes in float32, and it is said.
+    """
+    asked = precision == "bf16"
+    if asked and not has_bf16(device.type):
+        _say_no_bf16()
     context: AbstractContextManager[None] = torch.autocast(
-        device.type, torch.bfloat16, enabled=precision == "bf16"
+        device.type, torch.bfloat16, enabled=asked and has_bf16(device.type)
     )
     return context
+
+
+@cache
+def _say_no_bf16() -> None:
+    """Say once that the precision is another one than was asked for."""
+    print("this CPU has no bf16 instructions: it computes in float32", file=sys.stderr)

@@ -224,14 +224,14 @@ class _Recorder:
         self.before = Rows.feed_id, Rows.feed_latents
         recorder = self
 
-        def feed_id(rows, token):
+        def feed_id(rows, token, *asked):
             recorder.add(token)
-            recorder.before[0](rows, token)
+            recorder.before[0](rows, token, *asked)
 
-        def feed_latents(rows, latents, index, predicts):
-            recorder.latents.append(latents[0].clone())
+        def feed_latents(rows, latents, first, asked):
+            recorder.latents.append(latents[0, 0].clone())
             recorder.add(recorder.audio)
-            recorder.before[1](rows, latents, index, predicts)
+            recorder.before[1](rows, latents, first, asked)
 
         Rows.feed_id, Rows.feed_latents = feed_id, feed_latents
         return self

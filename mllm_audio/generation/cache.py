@@ -1,0 +1,67 @@
+"""A key-value cache that is written in place: a step costs what it reads, not what it copies."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers import DynamicCache, PretrainedConfig
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+SPARE = 64  # elements that a new buffer has room for beside what it must hold
+
+
+class BufferedLayer(DynamicLayer):
+    """Keys and values of one attention layer, each (R', heads, T, channels) of a larger buffer.
+
+    transformers' own layers copy all of it for every element. A buffer that is full is copied into
+    one twice as long, so that elements cost the same however many there are. Sliding-window layers
+    keep everything as well: the mask hides what lies outside.
+    """
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append (R', heads, T, channels) and return all keys and values."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = key_states[..., :0, :], value_states[..., :0, :]
+            self._key_buffer, self._value_buffer = self.keys, self.values
+        self._key_buffer, self.keys = _appended(self._key_buffer, self.keys, key_states)
+        self._value_buffer, self.values = _appended(self._value_buffer, self.values, value_states)
+        return self.keys, self.values
+
+
+def _appended(buffer: Tensor, held: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
+    """Write `new` behind what is held; return the buffer, perhaps another, and all it holds."""
+    length = held.shape[-2] + new.shape[-2]
+    if length > buffer.shape[-2]:
+        shape = (*new.shape[:-2], 2 * length + SPARE, new.shape[-1])
+        buffer = new.new_empty(shape)
+        buffer[..., : held.shape[-2], :] = held
+    buffer[..., held.shape[-2] : length, :] = new
+    return buffer, buffer[..., :length, :]
+
+
+def buffered_cache(config: PretrainedConfig) -> DynamicCache:
+    """Make the cache of a backbone; layers that are no plain attention keep their own kind."""
+    cache = DynamicCache(config=config)
+    kinds = (DynamicLayer, DynamicSlidingWindowLayer)
+    cache.layers = [BufferedLayer() if type(layer) in kinds else layer for layer in cache.layers]
+    return cache
+
+
+def forget(cache: DynamicCache, count: int) -> None:
+    """Remove the last `count` elements.
+
+    Raises:
+        ValueError: if a layer of the backbone cannot.
+    """
+    for layer in cache.layers:
+        if not isinstance(layer, BufferedLayer):
+            raise ValueError(
+                f"the backbone keeps a {type(layer).__name__}, which cannot forget; set "
+                "tokens_per_step to 1"
+            )
+        layer.keys = layer.keys[..., :-count, :]
+        layer.values = layer.values[..., :-count, :]

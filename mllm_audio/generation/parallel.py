@@ -1,0 +1,56 @@
+"""Column-parallel decoding: one element asked for several latents at once.
+
+A target's embedding is added to the element that predicts it, so an element's keys and values
+depend on what it is asked for. An element asked for k targets is therefore fed k times, each copy
+at the same position with a target of its own, and no copy sees another. The first copy, asked for
+what comes next, is what would stand there one latent at a time, and all that the cache keeps.
+Latents of a step are drawn independently of each other, which costs quality unless the model has
+learned to predict so far ahead (`masking.max_distance`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def asked_targets(first: int, tokens_per_step: int, longest: int) -> range:
+    """List the target positions of a step from `first` on; behind the last latent is the end."""
+    return range(first, max(first + 1, min(first + tokens_per_step, longest)))
+
+
+def copies_of(embeds: Tensor, targets: Tensor) -> Tensor:
+    """Copy elements that predict the first of k targets, to predict the others.
+
+    Args:
+        embeds: (R', H), the element with its target's embedding added.
+        targets: (k, H) embeddings of the targets.
+
+    Returns:
+        (R', k - 1, H).
+    """
+    return embeds[:, None] + (targets[1:] - targets[:1]).to(embeds.dtype)
+
+
+def copies_mask(padding: Tensor, length: int, copies: int) -> Tensor:
+    """Say who looks at whom where the last of `length` new elements has copies behind it.
+
+    Args:
+        padding: (R', cached + length) bool, false where a row is padded.
+        length: new elements, the original of the copies last.
+        copies: behind them.
+
+    Returns:
+        (R', 1, length + copies, cached + length + copies) bool. Every element sees itself, those
+        of the padding too: without anything to see, attention is not a number.
+    """
+    total = length + copies
+    square = torch.ones(total, total, dtype=torch.bool, device=padding.device).tril()
+    square[length:, length - 1 :] = False
+    itself = torch.eye(total, dtype=torch.bool, device=padding.device)
+    before = padding.new_ones(total, padding.shape[1] - length)
+    visible = torch.cat([before, square], dim=1)  # (total, cached + total)
+    padding = torch.cat([padding, padding.new_ones(len(padding), copies)], dim=1)
+    mask = visible & padding[:, None, None, :]  # (R', 1, total, cached + total)
+    mask[..., -total:] |= itself
+    return mask
