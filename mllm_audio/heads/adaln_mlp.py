@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.backends.cpu import get_cpu_capability
 from torch.nn import functional as F
 
 from mllm_audio.diffusion.samplers import Predict, guided
@@ -27,21 +28,23 @@ def _modulate(hidden: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def project(linear: nn.Module, rows: Tensor) -> Tensor:
-    """Apply `linear` to (R, I).
+    """Apply `linear` to (..., I), by the kernel that is fastest on a CPU where nothing is learned.
 
-    For 2 or 3 rows, as with guidance, CPU libraries take half as long again for the product of rows
-    and weights as for that of weights and columns, which reads the weights once.
+    The product of weights and columns takes two thirds of the time of that of 2 or 3 rows, as with
+    guidance, and weights; and without instructions for bfloat16 many rows are multiplied in
+    float32 in a quarter of the time.
     """
-    if (
-        type(linear) is nn.Linear
-        and len(rows) in (2, 3)
-        and rows.device.type == "cpu"
-        and rows.dtype == linear.weight.dtype == torch.float32
-        and not torch.is_grad_enabled()
-    ):
-        columns = torch.addmm(linear.bias[:, None], linear.weight, rows.t())  # (O, R)
-        return columns.t().contiguous()
-    return linear(rows)  # type: ignore[no-any-return]
+    if rows.device.type == "cpu" and type(linear) is nn.Linear and not torch.is_grad_enabled():
+        is_float = rows.dtype == linear.weight.dtype == torch.float32
+        if is_float and rows.dim() == 2 and len(rows) in (2, 3):
+            columns = torch.addmm(linear.bias[:, None], linear.weight, rows.t())  # (O, R)
+            return columns.t().contiguous()
+        is_half = rows.dtype == linear.weight.dtype == torch.bfloat16
+        if is_half and rows.shape[:-1].numel() > 4 and get_cpu_capability() == "AVX2":
+            weight, bias = linear.weight.float(), linear.bias.float()
+            return F.linear(rows.float(), weight, bias).bfloat16()
+    projected: Tensor = linear(rows)
+    return projected
 
 
 class TimestepEmbedding(nn.Module):
@@ -58,7 +61,7 @@ class TimestepEmbedding(nn.Module):
         exponents = torch.arange(half, device=timesteps.device) / half
         angles = timesteps.float()[:, None] * (-math.log(MAX_PERIOD) * exponents).exp()
         code = torch.cat([angles.cos(), angles.sin()], dim=-1)  # (R, 256)
-        hidden = self.linear_in(code.to(self.linear_in.weight.dtype))
+        hidden = self.linear_in(code.to(self.linear_in.bias.dtype))
         return self.linear_out(F.silu(hidden))
 
 
@@ -130,12 +133,12 @@ class AdaLNMLP(nn.Module):
 
     def embed_condition(self, condition: Tensor) -> Tensor:
         """Embed (R, Z) conditions as (R, W), for `forward`."""
-        return self.condition_projection(condition.to(self.condition_projection.weight.dtype))
+        return self.condition_projection(condition.to(self.condition_projection.bias.dtype))
 
     def modulate(self, timestep_embedding: Tensor, condition_embedding: Tensor) -> list[Tensor]:
         """Make (..., 3W) for each block and (..., 2W) for the output of two (..., W)."""
         embedding = F.silu(timestep_embedding + condition_embedding)
-        return [layer.modulation(embedding) for layer in (*self.blocks, self.output)]
+        return [project(layer.modulation, embedding) for layer in (*self.blocks, self.output)]
 
     def modulations(
         self, timesteps: Tensor, condition_embedding: Tensor
@@ -169,9 +172,8 @@ class AdaLNMLP(nn.Module):
         if modulation is None:
             assert timesteps is not None and condition_embedding is not None
             modulation = self.modulate(self.timestep_embedding(timesteps), condition_embedding)
-        hidden = project(
-            self.input_projection, noisy.to(self.input_projection.weight.dtype)
-        )  # (R, W)
+        noisy = noisy.to(self.input_projection.bias.dtype)
+        hidden = project(self.input_projection, noisy)  # (R, W)
         for block, of_block in zip(self.blocks, modulation, strict=False):
             hidden = block(hidden, of_block)
         return self.output(hidden, modulation[-1]).float()
