@@ -16,7 +16,7 @@ from typing import Any
 from mllm_audio.build import build_voice, check_prompt_lengths, fit_to_data, start_blocks
 from mllm_audio.claim import claimed
 from mllm_audio.data.dataset import RowSource, TrainingData
-from mllm_audio.data.remote import is_url, open_folder
+from mllm_audio.data.remote import PreparedFolder, is_url, open_folder
 from mllm_audio.data.shards import ShardIndex
 from mllm_audio.data.stream import ClipStream, ShardedClips, captions
 from mllm_audio.generation.voice import Voice
@@ -65,14 +65,7 @@ def train_run(
         if report is not None and say is not None and (cluster is None or cluster.world.is_first):
             say(str(report))
     check_prompt_lengths(voice, captions(folder, ["train", "validation"]))
-    clips, held_out = (
-        ShardedClips(
-            ClipStream(folder, split, config.data.shuffle_shards, config.audio.prompt_streams),
-            voice.text_tokenizer,
-        )
-        for split in ("train", "validation")
-    )
-    sources = Sources(train=clips, validation=held_out)
+    sources = captioned_sources(config, folder, voice)
     train_voice(config, voice, sources, out, data_facts(folder.index), cluster)
 
 
@@ -83,6 +76,18 @@ class Sources:
     train: RowSource
     validation: RowSource  # perhaps none
     replay: RowSource | None = None  # text mixed into training
+
+
+def captioned_sources(config: RunConfig, folder: PreparedFolder, voice: Voice) -> Sources:
+    """Stream the clips of a prepared folder, each behind one of its captions."""
+    clips, held_out = (
+        ShardedClips(
+            ClipStream(folder, split, config.data.shuffle_shards, config.audio.prompt_streams),
+            voice.text_tokenizer,
+        )
+        for split in ("train", "validation")
+    )
+    return Sources(train=clips, validation=held_out)
 
 
 def train_voice(

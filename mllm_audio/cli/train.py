@@ -1,4 +1,4 @@
-"""`mllm-audio train`, `add-voice` and `merge`: prepared data to a voice."""
+"""`mllm-audio train`, `add-voice`, `distill`, `merge` and `export`: prepared data to a voice."""
 
 from __future__ import annotations
 
@@ -100,6 +100,29 @@ def add_voice(
     if drift is not None:
         click.echo(str(drift))
     click.echo(f"trained: type  mllm-audio chat {out}")
+
+
+@cli.command()
+@click.argument("run", type=PATH)
+@click.option("--data", required=True, help="Folder or URL of what prepare wrote, as RUN's was.")
+@click.option("--out", type=PATH, required=True, help="Folder of the distilled voice.")
+@click.option(
+    "--guidance-scale",
+    type=float,
+    help="s in uncond + s (cond - uncond), on RUN's schedule; by default RUN's own guidance.",
+)
+@click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]...")
+def distill(
+    run: Path, data: str, out: Path, guidance_scale: float | None, overrides: tuple[str, ...]
+) -> None:
+    """Train the head of RUN to give in one branch what guidance makes of two: half the work.
+
+    The same command again resumes where it stopped.
+    """
+    from mllm_audio.distill import distill as train_distilled
+
+    train_distilled(run, data, out, guidance_scale=guidance_scale, overrides=overrides)
+    click.echo(f'distilled: type  mllm-audio generate {out} "YOUR CAPTION" --out sound.wav')
 
 
 @cli.command()
