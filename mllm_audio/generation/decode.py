@@ -206,7 +206,8 @@ def audio_span(
 ) -> Iterator[DecodeStep]:
     """Decode the latents of one span in every row, `tokens_per_step` at a time.
 
-    Each is fed before what follows is asked for; what is left over when it ends, too.
+    Each is fed before what follows is asked for; what is left over when it ends, too. Nothing is
+    read back from the device but at columns where the span may end.
 
     Args:
         rows: fed up to `<|audio_start|>`, or up to the latent before `first`; the element fed last
@@ -223,6 +224,7 @@ def audio_span(
         ValueError: if the model cannot be asked for several latents at once.
     """
     audio = rows.model.audio
+    fewest, _ = token_limits(audio.config, config)
     if config.tokens_per_step > 1 and audio.target_positions is None:
         raise ValueError(
             f"tokens_per_step is {config.tokens_per_step}, but the model is not told which latent "
@@ -234,11 +236,14 @@ def audio_span(
         asked = asked_targets(first, config.tokens_per_step, longest)
         latents = _draw(rows, row_seeds, config, asked, longest)  # (R, k, D)
         for number, index in enumerate(asked):
-            active = active & ~_ends(rows, row_seeds, config, number, index)
-            if not bool(active.any()):
-                if number:
-                    rows.feed_latents(latents[:, :number], first, range(index, index + 1))
-                return
+            if index >= fewest and index % audio.config.tokens_per_column == 0:
+                noise = Noise(row_seeds, torch.full_like(row_seeds, index), latents.shape[2])
+                cond = rows.states[0][:, number]
+                active = active & ~audio.ends(cond, noise, config.end_threshold)
+                if not bool(active.any()):
+                    if number:
+                        rows.feed_latents(latents[:, :number], first, range(index, index + 1))
+                    return
             yield DecodeStep(latents[:, number], active)
         first = asked.stop
         following = asked_targets(first, config.tokens_per_step, longest)
@@ -261,13 +266,3 @@ def _draw(
     unconditional = None if uncond is None else uncond.flatten(0, 1)
     latents = audio.sample(cond.flatten(0, 1), unconditional, sampling, noise)
     return latents.unflatten(0, (len(seeds), count))
-
-
-def _ends(rows: Rows, seeds: Tensor, config: GenerationConfig, number: int, index: int) -> Tensor:
-    """Tell of each row, (R,) bool, whether it ends before target `index`, `number` of the step."""
-    audio = rows.model.audio
-    fewest, _ = token_limits(audio.config, config)
-    if index < fewest or index % audio.config.tokens_per_column:
-        return torch.zeros(len(seeds), dtype=torch.bool, device=seeds.device)
-    noise = Noise(seeds, torch.full_like(seeds, index), audio.config.latent_dim)
-    return audio.ends(rows.states[0][:, number], noise, config.end_threshold)
