@@ -234,17 +234,24 @@ def audio_span(
     active = torch.ones(len(seeds), dtype=torch.bool, device=rows.hidden.device)
     while first < longest:
         asked = asked_targets(first, config.tokens_per_step, longest)
-        latents = _draw(rows, row_seeds, config, asked, longest)  # (R, k, D)
+        alive = []  # (R,) of each latent that some row goes on to
         for number, index in enumerate(asked):
             if index >= fewest and index % audio.config.tokens_per_column == 0:
-                noise = Noise(row_seeds, torch.full_like(row_seeds, index), latents.shape[2])
+                noise = Noise(row_seeds, torch.full_like(row_seeds, index), audio.config.latent_dim)
                 cond = rows.states[0][:, number]
                 active = active & ~audio.ends(cond, noise, config.end_threshold)
                 if not bool(active.any()):
-                    if number:
-                        rows.feed_latents(latents[:, :number], first, range(index, index + 1))
-                    return
-            yield DecodeStep(latents[:, number], active)
+                    break
+            alive.append(active)
+        if not alive:
+            return
+        drawn = asked[: len(alive)]
+        latents = _draw(rows, row_seeds, config, drawn, longest)  # (R, k, D)
+        for number, is_active in enumerate(alive):
+            yield DecodeStep(latents[:, number], is_active)
+        if len(drawn) < len(asked):
+            rows.feed_latents(latents, first, range(drawn.stop, drawn.stop + 1))
+            return
         first = asked.stop
         following = asked_targets(first, config.tokens_per_step, longest)
         # In models without an end, the last latent of a span predicts nothing.
@@ -263,6 +270,6 @@ def _draw(
         sampling = replace(sampling, guidance_scale=scales)
     positions = torch.arange(asked.start, asked.stop, device=seeds.device).repeat(len(seeds))
     noise = Noise(seeds.repeat_interleave(count), positions, audio.config.latent_dim)
-    unconditional = None if uncond is None else uncond.flatten(0, 1)
-    latents = audio.sample(cond.flatten(0, 1), unconditional, sampling, noise)
+    unconditional = None if uncond is None else uncond[:, :count].flatten(0, 1)
+    latents = audio.sample(cond[:, :count].flatten(0, 1), unconditional, sampling, noise)
     return latents.unflatten(0, (len(seeds), count))
