@@ -364,3 +364,21 @@ def test_log_goes_to_jsonl_and_tensorboard(uninterrupted):
     torch.testing.assert_close(torch.tensor(logged), torch.tensor(losses(uninterrupted)))
     validation = [r for r in read_log(uninterrupted) if "validation/audio_loss" in r]
     assert [r["step"] for r in validation] == [10, 20]
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_a_cpu_without_bf16_computes_in_float32_and_says_so_once(supported, monkeypatch, capsys):
+    monkeypatch.setattr(training_engine, "has_bf16", lambda device_type: supported)
+    training_engine._say_no_bf16.cache_clear()
+    weight, device = torch.ones(2, 2), torch.device("cpu")
+    for _ in range(2):
+        with training_engine.autocast(device, "bf16"):
+            product = weight @ weight
+        assert product.dtype == (torch.bfloat16 if supported else torch.float32)
+    said = capsys.readouterr().err
+    assert said == (
+        "" if supported else "this CPU has no bf16 instructions: it computes in float32\n"
+    )
+    with training_engine.autocast(device, "float32"):
+        assert (weight @ weight).dtype == torch.float32
+    assert not capsys.readouterr().err
