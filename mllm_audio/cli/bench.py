@@ -183,6 +183,7 @@ def _run(measure: Callable[..., Any], options: dict[str, Any], kind: Any) -> Non
 @click.option("--seconds", type=float, default=10.24, show_default=True, help="Of each clip.")
 @click.option("--batch-size", type=COUNT, default=1, show_default=True, help="Clips at once.")
 @click.option("--num-inference-steps", type=COUNT, help="Head calls per latent.")
+@click.option("--tokens-per-step", type=COUNT, help="Latents drawn at once; --fast: a column.")
 @click.option("--sampler", help="Of the head; by default its own.")
 @click.option("--guidance-scale", type=float, help="MAR's s: 1 is no guidance.")
 @click.option("--dtype", default="float32", show_default=True, help="Of the weights, or bfloat16.")
@@ -255,3 +256,22 @@ def bench_decode(**options: Any) -> None:
     from mllm_audio.benchmarks.decode import bench_decode as measure
 
     _run(measure, options, DecodeConfig)
+
+
+@bench.command("head")
+@click.option("--preset", required=True, help="Whose head, of this size, with random weights.")
+@click.option("--batch-size", type=COUNT, default=1, show_default=True, help="Latents at once.")
+@click.option("--num-inference-steps", type=COUNT, default=100, show_default=True)
+@click.option(
+    "--dtype", default="float32", show_default=True, help="Of the weights; bfloat16 or int8."
+)
+@with_options(MEASURED)
+def bench_head(preset: str, **options: Any) -> None:
+    """Draw guided latents with the head of a --preset, and the plain way, taking turns.
+
+    The plain way runs the whole network at every step, in float32, as MAR's published code does.
+    """
+    from mllm_audio.benchmarks.head import HeadBenchConfig
+    from mllm_audio.benchmarks.head import bench_head as measure
+
+    _run(partial(measure, preset), options, HeadBenchConfig)
