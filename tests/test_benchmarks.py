@@ -23,6 +23,7 @@ from mllm_audio.benchmarks.session import SessionConfig, run_session
 from mllm_audio.cli import cli
 from mllm_audio.data.layout import Text
 from mllm_audio.diffusion.samplers import SAMPLERS
+from mllm_audio.generation.precision import cast
 from mllm_audio.heads import HEADS
 from mllm_audio.heads.base import HeadConfig
 from mllm_audio.masking import MaskingConfig, num_kept
@@ -197,7 +198,7 @@ def test_random_heads_have_no_matrix_of_zeros(tiny_subject):
 
 def test_bfloat16_holds_backbone_and_head_and_leaves_the_rest(tmp_path, tiny_subject):
     model = tiny_subject.voice.model
-    subject.cast(model, "bfloat16")
+    cast(model, "bfloat16")
     assert {p.dtype for p in model.backbone.parameters()} == {torch.bfloat16}
     assert {p.dtype for p in model.audio.head.parameters()} == {torch.bfloat16}
     assert model.audio.latent_proj.weight.dtype == torch.float32
@@ -534,7 +535,7 @@ def test_nothing_is_measured_where_the_report_cannot_go(tmp_path):
         (["generate", "--preset", "tiny", "--tokenizer", "opus"], "tokenizer 'opus' is unknown"),
         (
             ["generate", "--preset", "audiomar_base_small", "--dtype", "bfloat16"],
-            "AudioMAR decodes in float32; leave --dtype out",
+            "AudioMAR decodes in float32; leave it out",
         ),
         (["train", "--preset", "voice"], "preset 'voice' takes the size"),
         (["train", "--preset", "tiny", "--dtypes", "fp8"], "unknown dtype 'fp8'"),

@@ -16,7 +16,7 @@ from mllm_audio.diffusion.schedule import cosine_schedule
 from mllm_audio.heads import HEADS, adaln_mlp, build_head
 from mllm_audio.heads.adaln_mlp import AdaLNMLP, predict_under, project
 from mllm_audio.heads.base import HeadConfig, SamplingConfig
-from mllm_audio.heads.int8 import MOST_PACKED_ROWS, Int8Linear, to_int8
+from mllm_audio.int8 import MOST_PACKED_ROWS, Int8Linear, to_int8
 
 CPU = torch.device("cpu")
 PAIRS = [

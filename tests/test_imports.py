@@ -17,7 +17,7 @@ SERVING = ROOT / "integrations" / "vllm" / "mllm_audio_vllm"
 LAYERS = [
     {"types", "config"},
     {"wav", "diffusion", "files", "hardware", "quiet"},
-    {"tokenizers", "conditioners", "backbone", "heads", "masking", "text", "weights"},
+    {"tokenizers", "conditioners", "backbone", "heads", "int8", "masking", "text", "weights"},
     {"modality", "adapter", "pretrained", "data", "evaluation", "listening"},
     {"folder"},
     {"card"},
@@ -29,7 +29,7 @@ LAYERS = [
     {"build", "claim", "costs"},
     {"run", "info", "bench", "export", "serving"},
     {"add_voice", "chat", "demo", "plan", "reproduce"},
-    {"benchmarks"},
+    {"benchmarks", "distill"},
     {"cli", "__main__"},
 ]
 # Modules of one layer that may import another of it, in one direction.

@@ -16,10 +16,11 @@ from mllm_audio.benchmarks.decode import networks, random_latents, watching
 from mllm_audio.benchmarks.generate_config import GenerateConfig, listed_settings
 from mllm_audio.benchmarks.lengths import length_figures, length_lines
 from mllm_audio.benchmarks.report import Check, Header, Machine, Report, part_figures, part_lines
-from mllm_audio.benchmarks.subject import Subject, cast, prompt_part
+from mllm_audio.benchmarks.subject import Subject, prompt_part
 from mllm_audio.benchmarks.timing import Stopwatch, forget_peak, middle, peak_memory
 from mllm_audio.data.layout import Prompt, stacked
 from mllm_audio.generation.decode import GenerationConfig, decode, token_limits
+from mllm_audio.generation.precision import cast
 from mllm_audio.generation.voice import Voice
 from mllm_audio.text import SpecialIds
 

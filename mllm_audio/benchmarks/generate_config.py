@@ -6,10 +6,11 @@ from dataclasses import Field, dataclass, fields, replace
 from typing import Any
 
 from mllm_audio.audiomar import AudioMAR
-from mllm_audio.benchmarks.subject import Subject, check_dtype
+from mllm_audio.benchmarks.subject import Subject
 from mllm_audio.config import check_range, nearest
 from mllm_audio.diffusion.samplers import SAMPLERS
 from mllm_audio.generation.decode import GenerationConfig
+from mllm_audio.generation.precision import check_dtype
 from mllm_audio.models import Model
 
 CLIP_SECONDS = 10.24  # the paper's clips
@@ -41,7 +42,7 @@ class GenerateConfig:
 
     seconds: float = CLIP_SECONDS  # of each clip
     batch_size: int = 1  # clips at once
-    dtype: str = "float32"  # of the weights of backbone and head, in subject.DTYPES
+    dtype: str = "float32"  # of the weights of backbone and head, in precision.DTYPES
     fast: bool = False  # decode with FAST, a column a step
     num_inference_steps: int | None = None
     tokens_per_step: int | None = None  # latents drawn at once

@@ -19,19 +19,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mllm_audio.benchmarks.report import Check, Header, Machine, Report
-from mllm_audio.benchmarks.subject import DTYPES, _fill_zeros, known_preset
+from mllm_audio.benchmarks.subject import fill_zeros, known_preset
 from mllm_audio.benchmarks.timing import Stopwatch
-from mllm_audio.config import check_range, nearest
+from mllm_audio.config import check_range
 from mllm_audio.data.dataset import seeded
 from mllm_audio.diffusion.noise import Noise
 from mllm_audio.diffusion.samplers import ddpm
+from mllm_audio.generation.precision import check_dtype
 from mllm_audio.heads.adaln_mlp import MODULATED_ROWS, AdaLNMLP
 from mllm_audio.heads.base import SamplingConfig
 from mllm_audio.heads.ddpm import DDPMHead
-from mllm_audio.heads.int8 import to_int8
+from mllm_audio.int8 import to_int8
 from mllm_audio.model import default_device
 
-HEAD_DTYPES = (*DTYPES, "int8")
 GUIDANCE_SCALE = 4.0  # of both ways, so there are two rows a latent
 WARM_STEPS = 4  # of both, before anything is measured
 
@@ -40,7 +40,7 @@ WARM_STEPS = 4  # of both, before anything is measured
 class HeadBenchConfig:
     """What is sampled, and how."""
 
-    dtype: str = "float32"  # of our weights, in HEAD_DTYPES; the plain way's are float32
+    dtype: str = "float32"  # of our weights, in DTYPES; the plain way's are float32
     num_inference_steps: int = 100
     batch_size: int = 1  # latents at once
     repetitions: int = 3  # of each way
@@ -49,8 +49,7 @@ class HeadBenchConfig:
         """Check ranges and the type."""
         check_range("bench", self, 1, 10_000, "batch_size", "repetitions")
         check_range("bench", self, 2, 1000, "num_inference_steps")
-        if self.dtype not in HEAD_DTYPES:
-            raise ValueError(f"unknown dtype {self.dtype!r}; {nearest(self.dtype, HEAD_DTYPES)}")
+        check_dtype(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -104,12 +103,12 @@ def our_sample(head: DDPMHead, question: Question, num_inference_steps: int) -> 
 
 
 def converted(head: DDPMHead, dtype: str) -> DDPMHead:
-    """Copy a float32 head with its weights in `dtype`, one of `HEAD_DTYPES`."""
+    """Copy a float32 head with its weights in `dtype`, one of `DTYPES`."""
     head = copy.deepcopy(head)
     if dtype == "int8":
         to_int8(head)
         return head
-    return head.to(DTYPES[dtype])
+    return head.to(torch.bfloat16 if dtype == "bfloat16" else torch.float32)
 
 
 def bytes_read(head: DDPMHead, num_inference_steps: int, rows: int, whole: bool) -> int:
@@ -209,7 +208,7 @@ def _random_head(preset: str) -> DDPMHead:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         head = DDPMHead(audio.head, audio.latent_dim, backbone.hidden_size)
-        _fill_zeros(head)
+        fill_zeros(head)
     return head.eval()
 
 

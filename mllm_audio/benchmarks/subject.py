@@ -11,21 +11,17 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from mllm_audio.audiomar import AudioMAR
 from mllm_audio.benchmarks.decode import load
 from mllm_audio.build import build_model, count_parameters, special_tokenizer
-from mllm_audio.config import nearest
 from mllm_audio.data.dataset import seeded
 from mllm_audio.data.layout import Prompt, Text
 from mllm_audio.generation.prompts import caption_ids
 from mllm_audio.generation.voice import Voice
-from mllm_audio.models import Model
 from mllm_audio.presets import PRESETS, RunConfig, get_preset
 from mllm_audio.text import wordless_tokenizer
 
 CAPTION = "rain on a tin roof"  # of models that read text
 PROMPT_ROOM = 96  # text ids that fit beside the longest clip of a model that is built longer
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -131,42 +127,17 @@ def _random_voice(config: RunConfig) -> Voice:
     wordless = bool(config.audio.prompt_streams)
     text_tokenizer = wordless_tokenizer() if wordless else special_tokenizer()
     model = build_model(config, len(text_tokenizer))
-    _fill_zeros(model.audio.head)
+    fill_zeros(model.audio.head)
     return Voice(model, text_tokenizer, load(config.audio.tokenizer), config.generation)
 
 
 @torch.no_grad()
-def _fill_zeros(head: object) -> None:
+def fill_zeros(head: object) -> None:
     """Draw the matrices that training starts at zero: GPUs multiply zeros faster than numbers."""
     assert isinstance(head, nn.Module)
     for parameter in head.parameters():
         if parameter.dim() == 2 and not bool(parameter.any()):
             nn.init.normal_(parameter, std=0.02)
-
-
-def cast(model: Model, dtype: str) -> None:
-    """Hold the weights that decoding reads most, backbone and head, in `dtype`.
-
-    The sampling chain, positions and embeddings of latents stay float32.
-
-    Raises:
-        ValueError: for an unknown type, or one that the model cannot decode in.
-    """
-    check_dtype(dtype)
-    if dtype == "float32":
-        return
-    if isinstance(model, AudioMAR):
-        raise ValueError(f"found --dtype {dtype}, AudioMAR decodes in float32; leave --dtype out")
-    head = model.audio.head
-    assert isinstance(head, nn.Module)
-    for module in (model.backbone, head):
-        module.to(DTYPES[dtype])
-
-
-def check_dtype(dtype: str) -> None:
-    """Refuse a type that is not in `DTYPES`."""
-    if dtype not in DTYPES:
-        raise ValueError(f"unknown dtype {dtype!r}; {nearest(dtype, DTYPES)}")
 
 
 def prompt_part(voice: Voice) -> Text | Prompt:

@@ -186,7 +186,9 @@ def _run(measure: Callable[..., Any], options: dict[str, Any], kind: Any) -> Non
 @click.option("--tokens-per-step", type=COUNT, help="Latents drawn at once; --fast: a column.")
 @click.option("--sampler", help="Of the head; by default its own.")
 @click.option("--guidance-scale", type=float, help="MAR's s: 1 is no guidance.")
-@click.option("--dtype", default="float32", show_default=True, help="Of the weights, or bfloat16.")
+@click.option(
+    "--dtype", default="float32", show_default=True, help="Of the weights; bfloat16 or int8."
+)
 @click.option(
     "--lengths",
     callback=_numbers(float, "seconds such as 10,30,60"),

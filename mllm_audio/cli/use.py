@@ -57,6 +57,9 @@ class SamplerOption(click.Option):
 @click.option("--eta", type=float, help="Of sampler ddim: 0 adds no noise, 1 that of ddpm.")
 @click.option("--seed", type=int, default=0, help="Of the first caption; the next has seed + 1.")
 @click.option("--batch-size", type=COUNT, default=32, show_default=True)
+@click.option(
+    "--dtype", default="float32", show_default=True, help="Of the weights; bfloat16 or int8."
+)
 @click.option("--conditioner", help="Where a conditioner's folders are now, if they moved.")
 @BASE
 def generate(
@@ -85,7 +88,9 @@ def generate(
         raise ValueError(
             "found both --guidance-scale and --guidance-weight, expected one: s = 1 + w"
         )
-    voice = Voice.load(run, options.pop("base"), conditioner=options.pop("conditioner"))
+    voice = Voice.load(
+        run, options.pop("base"), conditioner=options.pop("conditioner"), dtype=options.pop("dtype")
+    )
     given = {key: value for key, value in options.items() if value is not None}
     if "guidance_scale" in given:
         given["guidance_weight"] = None

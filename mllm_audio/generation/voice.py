@@ -22,6 +22,7 @@ from mllm_audio.generation.decode import GenerationConfig, decode, token_limits
 from mllm_audio.generation.hear import hear
 from mllm_audio.generation.interleaved import Reply, join
 from mllm_audio.generation.parts import GENERATION_FILE, load_audio_tokenizer, read_defaults
+from mllm_audio.generation.precision import cast
 from mllm_audio.generation.prompts import caption_ids, embed, load_checked
 from mllm_audio.generation.stream import SpanDecoder, tell_audio, tell_whole_spans
 from mllm_audio.generation.text import TextConfig
@@ -50,6 +51,7 @@ class Voice:
         *,
         merge: bool = True,
         conditioner: str | None = None,
+        dtype: str = "float32",
     ) -> Voice:
         """Load a folder that `mllm-audio train`, `add-voice` or `save` wrote.
 
@@ -58,6 +60,7 @@ class Voice:
             base: where an adapter's base model is now, if it moved.
             merge: false leaves an adapter beside its base model.
             conditioner: spec of the conditioner, if its folders moved.
+            dtype: of the weights to decode with, see `precision.cast`.
 
         Raises:
             ValueError: if the folder is no such checkpoint, or its audio tokenizer is not the one
@@ -65,7 +68,7 @@ class Voice:
         """
         folder = Path(folder)
         model, text_tokenizer = load_model(folder, base, merge=merge)
-        model = model.to(default_device())
+        cast(model.to(default_device()), dtype)
         audio_tokenizer = load_audio_tokenizer(model.audio.config, folder)
         defaults = read_defaults(folder)
         return cls(model, text_tokenizer, audio_tokenizer, defaults, conditioner)

@@ -1,0 +1,47 @@
+"""The type of the weights that decoding reads most: those of backbone and head."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from mllm_audio.audiomar import AudioMAR
+from mllm_audio.backbone import blocks
+from mllm_audio.config import nearest
+from mllm_audio.int8 import to_int8
+from mllm_audio.models import Model
+
+DTYPES = ("float32", "bfloat16", "int8")
+
+
+def check_dtype(dtype: str) -> None:
+    """Refuse a type that is not in `DTYPES`.
+
+    Raises:
+        ValueError: with the nearest name.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}; {nearest(dtype, DTYPES)}")
+
+
+def cast(model: Model, dtype: str) -> None:
+    """Hold the weights of backbone and head in `dtype`, in place.
+
+    The sampling chain, positions and embeddings of latents stay float32. With int8 so does all but
+    the matrices of the backbone's blocks and of the head, and nothing can be trained or saved.
+
+    Raises:
+        ValueError: for an unknown type, or one that the model cannot decode in.
+    """
+    check_dtype(dtype)
+    if dtype == "float32":
+        return
+    if isinstance(model, AudioMAR):
+        raise ValueError(f"found dtype {dtype}, AudioMAR decodes in float32; leave it out")
+    head = model.audio.head
+    assert isinstance(head, nn.Module)
+    for module in (model.backbone, head):
+        if dtype == "bfloat16":
+            module.to(torch.bfloat16)
+        else:
+            to_int8(head if module is head else blocks(model.backbone))
