@@ -46,9 +46,16 @@ def _appended(buffer: Tensor, held: Tensor, new: Tensor) -> tuple[Tensor, Tensor
 def buffered_cache(config: PretrainedConfig) -> DynamicCache:
     """Make the cache of a backbone; layers that are no plain attention keep their own kind."""
     cache = DynamicCache(config=config)
+    if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
+        return cache  # whose masks transformers must make
     kinds = (DynamicLayer, DynamicSlidingWindowLayer)
     cache.layers = [BufferedLayer() if type(layer) in kinds else layer for layer in cache.layers]
     return cache
+
+
+def holds_all(cache: DynamicCache) -> bool:
+    """Tell whether every layer keeps all elements, so that a ready mask fits all of them."""
+    return all(isinstance(layer, BufferedLayer) for layer in cache.layers)
 
 
 def forget(cache: DynamicCache, count: int) -> None:

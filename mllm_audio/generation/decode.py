@@ -100,19 +100,30 @@ class GenerationConfig:
         change = self.final_inference_steps - self.num_inference_steps
         return self.num_inference_steps + round(change * position / (num_tokens - 1))
 
-    def sampling_at(self, position: int, num_tokens: int, count: int = 1) -> SamplingConfig:
-        """Resolve how the latents at `count` positions from `position` on, of `num_tokens`, are
-        drawn at once: with the steps of the first of them, each with a scale of its own.
-        """
-        scales = [self.scale_at(position + i, num_tokens) for i in range(count)]
-        alike = scales == scales[:1] * count
+    def sampling_at(self, position: int, num_tokens: int) -> SamplingConfig:
+        """Resolve how the latent at `position` of `num_tokens` is drawn."""
         return SamplingConfig(
             sampler=self.sampler,
             num_inference_steps=self.steps_at(position, num_tokens),
-            guidance_scale=scales[0] if alike else torch.tensor(scales)[:, None],  # (count, 1)
+            guidance_scale=self.scale_at(position, num_tokens),
             temperature=self.temperature,
             eta=self.eta,
         )
+
+    def sampling_over(self, asked: range, scales: Tensor) -> SamplingConfig:
+        """Resolve how the latents at `asked` positions are drawn at once: with the steps of the
+        first of them, each with a scale of its own, of the (N, 1) of all.
+        """
+        num_tokens = len(scales)
+        sampling = self.sampling_at(asked.start, num_tokens)
+        if {self.scale_at(index, num_tokens) for index in asked} == {sampling.guidance_scale}:
+            return sampling
+        return replace(sampling, guidance_scale=scales[asked.start : asked.stop])
+
+    def scales(self, num_tokens: int, device: torch.device) -> Tensor:
+        """Tabulate `scale_at` of all latents, (N, 1)."""
+        scales = [self.scale_at(position, num_tokens) for position in range(num_tokens)]
+        return torch.tensor(scales, device=device)[:, None]
 
     def is_guided(self, num_tokens: int) -> bool:
         """Tell whether a span of `num_tokens` needs the unconditional branch."""
@@ -231,6 +242,7 @@ def audio_span(
             "to predict (audio.target_positions=false); set it to 1"
         )
     row_seeds = torch.tensor(seeds, dtype=torch.long, device=rows.hidden.device)  # (R,)
+    scales = config.scales(longest, rows.hidden.device)  # of all latents, copied there once
     active = torch.ones(len(seeds), dtype=torch.bool, device=rows.hidden.device)
     while first < longest:
         asked = asked_targets(first, config.tokens_per_step, longest)
@@ -246,7 +258,7 @@ def audio_span(
         if not alive:
             return
         drawn = asked[: len(alive)]
-        latents = _draw(rows, row_seeds, config, drawn, longest)  # (R, k, D)
+        latents = _draw(rows, row_seeds, config.sampling_over(drawn, scales), drawn)  # (R, k, D)
         for number, is_active in enumerate(alive):
             yield DecodeStep(latents[:, number], is_active)
         if len(drawn) < len(asked):
@@ -259,14 +271,11 @@ def audio_span(
         rows.feed_latents(latents, asked.start, range(0) if is_last else following)
 
 
-def _draw(
-    rows: Rows, seeds: Tensor, config: GenerationConfig, asked: range, longest: int
-) -> Tensor:
+def _draw(rows: Rows, seeds: Tensor, sampling: SamplingConfig, asked: range) -> Tensor:
     """Draw the latents that the rows are asked for, (R, k, D), with noise by their positions."""
     audio, (cond, uncond), count = rows.model.audio, rows.states, len(asked)
-    sampling = config.sampling_at(asked.start, longest, count)
     if isinstance(sampling.guidance_scale, Tensor):
-        scales = sampling.guidance_scale.to(cond.device).repeat(len(seeds), 1)  # (R k, 1)
+        scales = sampling.guidance_scale.repeat(len(seeds), 1)  # (R k, 1)
         sampling = replace(sampling, guidance_scale=scales)
     positions = torch.arange(asked.start, asked.stop, device=seeds.device).repeat(len(seeds))
     noise = Noise(seeds.repeat_interleave(count), positions, audio.config.latent_dim)

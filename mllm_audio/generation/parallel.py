@@ -11,6 +11,7 @@ learned to predict so far ahead (`masking.max_distance`).
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -32,25 +33,28 @@ def copies_of(embeds: Tensor, targets: Tensor) -> Tensor:
     return embeds[:, None] + (targets[1:] - targets[:1]).to(embeds.dtype)
 
 
-def copies_mask(padding: Tensor, length: int, copies: int) -> Tensor:
+def copies_mask(
+    padding: Tensor, length: int, copies: int, start: int | Tensor | None = None
+) -> Tensor:
     """Say who looks at whom where the last of `length` new elements has copies behind it.
 
     Args:
         padding: (R', cached + length) bool, false where a row is padded.
         length: new elements, the original of the copies last.
         copies: behind them.
+        start: slot of the first new element, which may be on the device; `padding` is then
+            (R', S), of all the slots there are, and those behind the copies are not looked at.
 
     Returns:
-        (R', 1, length + copies, cached + length + copies) bool. Every element sees itself, those
-        of the padding too: without anything to see, attention is not a number.
+        (R', 1, length + copies, S) bool, without `start` of S = cached + length + copies. Every
+        element sees itself, those of the padding too: without anything to see, attention is not a
+        number.
     """
-    total = length + copies
-    square = torch.ones(total, total, dtype=torch.bool, device=padding.device).tril()
-    square[length:, length - 1 :] = False
-    itself = torch.eye(total, dtype=torch.bool, device=padding.device)
-    before = padding.new_ones(total, padding.shape[1] - length)
-    visible = torch.cat([before, square], dim=1)  # (total, cached + total)
-    padding = torch.cat([padding, padding.new_ones(len(padding), copies)], dim=1)
-    mask = visible & padding[:, None, None, :]  # (R', 1, total, cached + total)
-    mask[..., -total:] |= itself
-    return mask
+    if start is None:
+        start = padding.shape[1] - length
+        padding = F.pad(padding, (0, copies), value=True)
+    number = torch.arange(length + copies, device=padding.device)[:, None]
+    slots = torch.arange(padding.shape[1], device=padding.device)
+    before = torch.where(number < length, number, length - 1)  # (length + copies, 1)
+    visible = slots < start + before  # (length + copies, S)
+    return padding[:, None, None, :] & visible | (slots == start + number)
