@@ -98,7 +98,7 @@ def train_added_voice(
     clips = load_clips(data)
     config = fit_to_data(config, index, data)
     voice = build_voice_on(config, index)
-    sources = _sources(voice, data, clips, replay)
+    sources = conversation_sources(voice, data, clips, replay)
     facts = _facts(voice, index, data, replay)
     train_voice(config, voice, sources, out, facts, cluster)
     if cluster is not None and not cluster.world.is_first:
@@ -114,7 +114,7 @@ def train_added_voice(
     return drift
 
 
-def _sources(
+def conversation_sources(
     voice: Voice, data: Path, clips: dict[str, PreparedClip], replay: Path | None
 ) -> Sources:
     """Read the rows of a prepared folder and the replayed text."""

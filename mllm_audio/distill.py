@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from mllm_audio.add_voice import _sources as conversation_sources
+from mllm_audio.add_voice import conversation_sources
 from mllm_audio.build import check_prompt_lengths, fit_to_data
 from mllm_audio.claim import RUN_FILE
 from mllm_audio.config import from_dict, override, read_json

@@ -50,6 +50,16 @@ def test_the_type_is_refused_in_one_line(make_model):
         cast(audiomar, "int8")
 
 
+def test_bench_counts_the_parameters_that_there_were(tmp_path):
+    options = ["--preset", "tiny", "--seconds", "0.16", "--repetitions", "1"]
+    counts = []
+    for dtype in ("float32", "int8"):
+        result = CliRunner().invoke(cli, ["bench", "generate", *options, "--dtype", dtype])
+        assert result.exit_code == 0, result.output
+        counts.append(result.output.partition("model     ")[2].partition(" ")[0])
+    assert counts[0] == counts[1] and len(counts[0]) > 5
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_folder_is_loaded_and_speaks_in_every_type(tmp_path, dtype):
     folder, out = tmp_path / "run", tmp_path / "sound.wav"

@@ -99,6 +99,7 @@ def bench_generate(
     """
     voice = subject.voice
     audio = voice.model.audio.config
+    num_parameters = subject.num_parameters  # before they are cast: int8 weights are buffers
     cast(voice.model, config.dtype)
     task = Task(voice, config.resolve(voice.defaults, voice.model), config.batch_size)
     num_tokens = task.num_tokens
@@ -119,7 +120,9 @@ def bench_generate(
         part = prompt_part(voice)
         figures |= length_figures(voice, part, task.config, task.rows, config.lengths)
     report = Report(header=header, repetitions=config.repetitions, figures=figures)
-    return report, _lines(report, subject, num_tokens, config.lengths)
+    weights = "random weights" if subject.is_random else "trained weights"
+    model = f"model     {num_parameters:,} parameters, {weights}, {num_tokens} latents a clip"
+    return report, [model, *_lines(report, subject, config.lengths)]
 
 
 def _clip_figures(task: Task, subject: Subject, repetitions: int) -> dict[str, float]:
@@ -184,15 +187,11 @@ def _guidance_figures(task: Task) -> dict[str, float]:
     return {**shares, "guidance.share": 1 - whole[1] / whole[0]}
 
 
-def _lines(
-    report: Report, subject: Subject, num_tokens: int, lengths: tuple[float, ...]
-) -> list[str]:
+def _lines(report: Report, subject: Subject, lengths: tuple[float, ...]) -> list[str]:
     """Say what was found."""
     figures = report.figures
-    weights = "random weights" if subject.is_random else "trained weights"
     names = [*MODEL_PARTS, "other", *networks(subject.voice.audio_tokenizer), "decode"]
     lines = [
-        f"model     {subject.num_parameters:,} parameters, {weights}, {num_tokens} latents a clip",
         *part_lines(figures, names, figures["seconds"]),
         f"rtf       {figures['rtf']:.3f}: {figures['seconds']:.2f} s a clip, the model "
         f"{figures['span.seconds']:.2f} s; {figures['audio_seconds_per_second']:.3g} s of sound "

@@ -52,7 +52,8 @@ def length_figures(
         raise ValueError(
             "found --lengths with an AudioMAR, which has no cache; leave --lengths out"
         )
-    weights = sum(p.nbytes for p in blocks(voice.decoder.backbone).parameters())
+    # Int8 weights are buffers.
+    weights = sum(t.nbytes for t in blocks(voice.decoder.backbone).state_dict().values())
     figures: dict[str, float] = {}
     for seconds in lengths:
         timed = replace(config, seconds=seconds)
