@@ -33,28 +33,22 @@ def copies_of(embeds: Tensor, targets: Tensor) -> Tensor:
     return embeds[:, None] + (targets[1:] - targets[:1]).to(embeds.dtype)
 
 
-def copies_mask(
-    padding: Tensor, length: int, copies: int, start: int | Tensor | None = None
-) -> Tensor:
+def copies_mask(padding: Tensor, length: int, copies: int) -> Tensor:
     """Say who looks at whom where the last of `length` new elements has copies behind it.
 
     Args:
         padding: (R', cached + length) bool, false where a row is padded.
         length: new elements, the original of the copies last.
         copies: behind them.
-        start: slot of the first new element, which may be on the device; `padding` is then
-            (R', S), of all the slots there are, and those behind the copies are not looked at.
 
     Returns:
-        (R', 1, length + copies, S) bool, without `start` of S = cached + length + copies. Every
-        element sees itself, those of the padding too: without anything to see, attention is not a
-        number.
+        (R', 1, length + copies, cached + length + copies) bool. Every element sees itself, those
+        of the padding too: without anything to see, attention is not a number.
     """
-    if start is None:
-        start = padding.shape[1] - length
-        padding = F.pad(padding, (0, copies), value=True)
+    start = padding.shape[1] - length  # of the new elements
+    padding = F.pad(padding, (0, copies), value=True)
     number = torch.arange(length + copies, device=padding.device)[:, None]
     slots = torch.arange(padding.shape[1], device=padding.device)
     before = torch.where(number < length, number, length - 1)  # (length + copies, 1)
-    visible = slots < start + before  # (length + copies, S)
+    visible = slots < start + before
     return padding[:, None, None, :] & visible | (slots == start + number)
