@@ -15,7 +15,7 @@ from mllm_audio.reproduce.figures import Point, chart
 
 
 def main() -> None:
-    """Draw measured seconds, counted arithmetic (FLOPs) and 1 - r, each as a share of no masking."""
+    """Draw measured seconds, counted FLOPs and 1 - r, each as a share of no masking."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("figures", type=Path, help="what bench train --ratios --json wrote")
     parser.add_argument("out", type=Path, help="an .svg file")

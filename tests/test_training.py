@@ -371,13 +371,15 @@ def test_log_goes_to_jsonl_and_tensorboard(uninterrupted):
 def test_a_cpu_without_bf16_computes_in_float32_and_says_so_once(supported, monkeypatch, capsys):
     monkeypatch.setattr(training_engine, "has_bf16", lambda device_type: supported)
     training_engine._say_no_bf16.cache_clear()
-    weight, device = torch.ones(2, 2), torch.device("cpu")
+    weight, device, model = torch.ones(2, 2), torch.device("cpu"), torch.nn.Linear(2, 2)
     for _ in range(2):
-        with training_engine.autocast(device, "bf16"):
+        with training_engine.autocast(model, device, "bf16"):
             product = weight @ weight
         assert product.dtype == (torch.bfloat16 if supported else torch.float32)
     said = "this CPU has no bf16 instructions: it computes in float32\n"
     assert capsys.readouterr().err == ("" if supported else said)
-    with training_engine.autocast(device, "float32"):
+    with training_engine.autocast(model, device, "float32"):
         assert (weight @ weight).dtype == torch.float32
+    with training_engine.autocast(model.bfloat16(), device, "bf16"):  # as DeepSpeed holds them
+        assert (weight @ weight).dtype == torch.bfloat16
     assert not capsys.readouterr().err

@@ -137,7 +137,7 @@ class SingleProcessEngine:
         self, batch: Batch, generator: torch.Generator, counts: StepCounts | None = None
     ) -> Losses:
         """Run the model in the configured precision: bf16 is autocast over float32 weights."""
-        with autocast(self.model.device, self.config.precision):
+        with autocast(self.model, self.model.device, self.config.precision):
             losses: Losses = self.model(batch.to(self.model.device), generator, counts)
         return losses
 
@@ -188,16 +188,21 @@ def adam_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str,
     return state
 
 
-def autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:
+def autocast(
+    model: nn.Module, device: torch.device, precision: str
+) -> AbstractContextManager[None]:
     """Compute in bf16 where it is safe, or in float32 throughout.
 
-    A CPU that would emulate bf16, a hundred times slower, computes in float32, and it is said.
+    A CPU that would emulate bf16, a hundred times slower, computes with float32 weights in float32,
+    and it is said. Weights in bf16, which DeepSpeed makes, leave no choice.
     """
-    asked = precision == "bf16"
-    if asked and not has_bf16(device.type):
+    enabled = precision == "bf16"
+    is_float32 = next(model.parameters()).dtype == torch.float32
+    if enabled and is_float32 and not has_bf16(device.type):
         _say_no_bf16()
+        enabled = False
     context: AbstractContextManager[None] = torch.autocast(
-        device.type, torch.bfloat16, enabled=asked and has_bf16(device.type)
+        device.type, torch.bfloat16, enabled=enabled
     )
     return context
 

@@ -155,7 +155,7 @@ class _Scored(nn.Module):
     def forward(
         self, batch: Batch, generator: torch.Generator, counts: StepCounts | None
     ) -> tuple[Tensor, Losses]:
-        with autocast(self.model.device, self.precision):
+        with autocast(self.model, self.model.device, self.precision):
             losses: Losses = self.model(batch, generator, counts)
         return losses.total, losses
 
