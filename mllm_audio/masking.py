@@ -76,8 +76,11 @@ class MaskingConfig:
     )
     hidden: str = "drop"  # in HIDDEN: what stands where a latent is masked
     next_kept: bool = True  # predict the next kept latent; false: the immediate next one
-    # Predict the j-th next one, j uniform in 1 to this: as far as `tokens_per_step` of decoding.
+    # A share of the elements predict the j-th next one, j uniform in 1 to this: as far as
+    # `tokens_per_step` of decoding. The others predict the next one, which is all that decoding
+    # leaves in a context.
     max_distance: int = 1
+    far_share: float = 0.25
 
     def __post_init__(self) -> None:
         """Check the schedule's name and the scale."""
@@ -85,7 +88,7 @@ class MaskingConfig:
             raise ValueError(
                 f"unknown masking schedule {self.schedule!r}; {nearest(self.schedule, SCHEDULES)}"
             )
-        check_range("masking", self, 0, 1, "scale")
+        check_range("masking", self, 0, 1, "scale", "far_share")
         check_range("masking", self, 1, 10_000, "max_distance")
         if self.hidden not in HIDDEN:
             raise ValueError(
@@ -136,7 +139,9 @@ def sample_distances(config: MaskingConfig, count: int, generator: torch.Generat
     """Choose which of the next ones each of `count` elements predicts: (count,) int64, from 1."""
     if config.max_distance == 1:
         return torch.ones(count, dtype=torch.long)
-    return torch.randint(1, config.max_distance + 1, (count,), generator=generator)
+    far = torch.randint(1, config.max_distance + 1, (count,), generator=generator)
+    is_far = torch.rand(count, generator=generator) < config.far_share
+    return torch.where(is_far, far, 1)
 
 
 def end_weights(num_tokens: int, kept: Tensor, ratio: float, distances: Tensor) -> Tensor:

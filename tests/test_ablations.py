@@ -16,7 +16,7 @@ from mllm_audio.data.config import DataConfig
 from mllm_audio.data.dataset import TrainingData
 from mllm_audio.data.prepare import prepare
 from mllm_audio.generation.voice import Voice
-from mllm_audio.masking import MaskingConfig
+from mllm_audio.masking import MaskingConfig, sample_distances
 from mllm_audio.modality import AudioConfig, AudioModality
 from mllm_audio.presets import get_preset
 from mllm_audio.presets.config import RunConfig
@@ -114,7 +114,7 @@ def test_without_masking_every_variant_is_next_token_prediction(build):
 @pytest.mark.parametrize("masking", [{"schedule": "ntp"}, FIXED, {**FIXED, "next_kept": False}])
 def test_targets_at_a_distance_are_drawn_evenly_and_end_with_the_clip(build, masking, end):
     make, latents, _ = build
-    batch = make(end_of_audio=end, max_distance=3, **masking)
+    batch = make(end_of_audio=end, max_distance=3, far_share=1.0, **masking)
     num, content = latents.shape[1], batch.content_positions.view(4, -1)
     kept_only, found, done = masking.get("next_kept", True), [], 0
     for row in range(4):
@@ -135,6 +135,15 @@ def test_targets_at_a_distance_are_drawn_evenly_and_end_with_the_clip(build, mas
     assert done == len(batch.target_positions)
     counts = torch.tensor(found).bincount(minlength=4)[1:]
     assert len(counts) == 3 and counts.min() > 0.2 * counts.sum(), counts
+
+
+def test_most_elements_predict_the_next_one_beside_far_targets():
+    config = MaskingConfig(max_distance=4)
+    drawn = sample_distances(config, 40_000, torch.Generator().manual_seed(0))
+    shares = drawn.bincount(minlength=5)[1:] / len(drawn)
+    expected = torch.tensor([0.75 + 0.25 / 4, *[0.25 / 4] * 3])
+    torch.testing.assert_close(shares, expected, rtol=0, atol=0.01)
+    assert sample_distances(MaskingConfig(), 9, torch.Generator()).tolist() == [1] * 9
 
 
 def test_audiomar_predicts_masked_latents_at_their_own_places(build):
