@@ -60,6 +60,17 @@ class AudioLanguageModel(Checkpointed):
         )
         return embeds + added
 
+    def hidden_states(self, batch: Batch) -> Tensor:
+        """Run the decoder on a batch; return (B, T, H) float32 states.
+
+        Raises:
+            ValueError: if a row is longer than the backbone's positions.
+        """
+        backbones.check_positions(self.backbone, batch.position_ids)
+        return backbones.run(
+            self.backbone, self.embed(batch), batch.position_ids, segment_ids=batch.segment_ids
+        ).float()
+
     def forward(
         self,
         batch: Batch,
@@ -80,11 +91,8 @@ class AudioLanguageModel(Checkpointed):
         Raises:
             ValueError: if a row is longer than the backbone's positions.
         """
-        backbones.check_positions(self.backbone, batch.position_ids)
         counts = counts or batch.counts
-        hidden_states = backbones.run(
-            self.backbone, self.embed(batch), batch.position_ids, segment_ids=batch.segment_ids
-        ).float()  # (B, T, H)
+        hidden_states = self.hidden_states(batch)
         text = self._text_loss(hidden_states, batch.text_labels) / max(1, counts.words)
         predicted = hidden_states[batch.predicts]  # (P, H)
         per_latent, ends = self._audio_losses(predicted, batch, hidden_states[0, :1], generator)

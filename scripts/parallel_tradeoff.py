@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from sampler_tradeoff import FIGURES, generate, judge, requests_of
+from sampler_tradeoff import FIGURES, generate, judge, kept_rows, requests_of
 
 from mllm_audio.data.timing import machine_facts
 from mllm_audio.files import write_atomic
@@ -69,11 +69,7 @@ def main() -> None:
     requests = requests_of(arguments.recordings, arguments.count)
     asked = {"count": arguments.count, "seed": arguments.seed}
     file = arguments.out / "parallel.json"
-    kept: dict[str, Any] = {"asked": asked, "rows": []}
-    if file.is_file():
-        kept = json.loads(file.read_text())
-    if kept["asked"] != asked:
-        raise SystemExit(f"{file} is of {kept['asked']}, asked for {asked}; type another --out")
+    kept = kept_rows(file, asked)
     done = {row["setting"] for row in kept["rows"]}
     for run in arguments.runs:
         voice = Voice.load(run)

@@ -130,6 +130,20 @@ def judge(recordings: Path, generated: Path, cache: Path) -> dict[str, Any]:
     return found
 
 
+def kept_rows(file: Path, asked: dict[str, Any]) -> dict[str, Any]:
+    """Read what an earlier run of the same command measured.
+
+    Raises:
+        SystemExit: if the file is of another command.
+    """
+    kept: dict[str, Any] = {"asked": asked, "rows": []}
+    if file.is_file():
+        kept = json.loads(file.read_text())
+    if kept["asked"] != asked:
+        raise SystemExit(f"{file} is of {kept['asked']}, asked for {asked}; type another --out")
+    return kept
+
+
 def draw(rows: Sequence[dict[str, Any]], out: Path) -> None:
     """Draw both figures, a line per sampler, and both of the settings whose steps fall."""
     for file, (key, title) in FIGURES.items():
@@ -171,11 +185,7 @@ def main() -> None:
     requests = requests_of(arguments.recordings, arguments.count)
     asked = {"count": arguments.count, "seed": arguments.seed, "run": str(arguments.run)}
     file = arguments.out / "tradeoff.json"
-    kept: dict[str, Any] = {"asked": asked, "rows": []}
-    if file.is_file():
-        kept = json.loads(file.read_text())
-    if kept["asked"] != asked:
-        raise SystemExit(f"{file} is of {kept['asked']}, asked for {asked}; type another --out")
+    kept = kept_rows(file, asked)
     done = {row["setting"]: row for row in kept["rows"]}
     for setting in settings_of(samplers, steps, arguments.falling):
         if setting.name in done:

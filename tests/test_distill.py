@@ -30,7 +30,6 @@ from mllm_audio.heads.adaln_mlp import AdaLNMLP
 from mllm_audio.run import train_run
 from mllm_audio.text import SpecialIds
 from mllm_audio.training.checkpoint import list_checkpoints, read_weights
-from mllm_audio.training.distillation import noised
 from mllm_audio.training.log import read_log
 
 GUIDED = {"guidance_scale": 3.0, "guidance_schedule": "annealed", "num_inference_steps": 4}
@@ -131,7 +130,7 @@ def test_one_branch_predicts_what_two_gave_on_held_out_clips(runs, tones):
     scale = torch.tensor([guidance.scale_at(p, longest) for p in positions])[:, None]
     assert float(scale.min()) < 2 < float(scale.max()) == 3
     clean = hidden.audio.normalise(latents)
-    noisy, timesteps = noised(teacher.model.audio.head, clean, torch.Generator().manual_seed(5))
+    noisy, timesteps = teacher.model.audio.head.noised(clean, torch.Generator().manual_seed(5))
 
     def predict(voice, states):
         network = voice.model.audio.head.network
@@ -407,8 +406,3 @@ def test_conversations_are_refused_for_a_voice_of_captions(flow_runs, tmp_path):
     prepare(tmp_path / "rows.jsonl", tmp_path / "data", "dct", progress=False)
     with pytest.raises(ValueError, match=r"holds conversations, which .* was not trained on"):
         distill(flow_runs[0], tmp_path / "data", tmp_path / "out")
-
-
-def test_a_head_of_an_unknown_kind_is_refused():
-    with pytest.raises(ValueError, match="found head Linear, expected one of DDPMHead, FlowHead"):
-        noised(torch.nn.Linear(2, 2), torch.zeros(1, 2), None)

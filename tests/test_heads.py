@@ -262,3 +262,21 @@ def test_head_learns_a_conditional_mixture(name):
             )
     rest = latents[:, 2:]
     assert abs(rest.mean()) < 0.1 and float(rest.std()) == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.parametrize("name", sorted(HEADS))
+def test_latents_are_noised_as_the_loss_noises_them(name, monkeypatch):
+    """The network of the loss is called on what `noised` gives for the same generator."""
+    head = build_head(HeadConfig(name=name, width=16, num_blocks=1, batch_multiplier=1), 4, 6)
+    latents, seen = torch.randn(5, 4), []
+    forward = head.network.forward
+
+    def spy(noisy, timesteps, embedding):
+        seen.append((noisy, timesteps))
+        return forward(noisy, timesteps, embedding)
+
+    monkeypatch.setattr(head.network, "forward", spy)
+    head.loss(latents, torch.randn(5, 6), None, torch.Generator().manual_seed(3))
+    noisy, timesteps = head.noised(latents, torch.Generator().manual_seed(3))
+    assert torch.equal(noisy, seen[0][0]) and torch.equal(timesteps, seen[0][1])
+    assert timesteps.shape == (5,) and not torch.equal(noisy, latents)

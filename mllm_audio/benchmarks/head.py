@@ -25,11 +25,10 @@ from mllm_audio.config import check_range
 from mllm_audio.data.dataset import seeded
 from mllm_audio.diffusion.noise import Noise
 from mllm_audio.diffusion.samplers import ddpm
-from mllm_audio.generation.precision import check_dtype
+from mllm_audio.generation.precision import check_dtype, convert
 from mllm_audio.heads.adaln_mlp import MODULATED_ROWS, AdaLNMLP
 from mllm_audio.heads.base import SamplingConfig
 from mllm_audio.heads.ddpm import DDPMHead
-from mllm_audio.int8 import to_int8
 from mllm_audio.model import default_device
 
 GUIDANCE_SCALE = 4.0  # of both ways, so there are two rows a latent
@@ -102,15 +101,6 @@ def our_sample(head: DDPMHead, question: Question, num_inference_steps: int) -> 
     return head.sample(condition, unconditional, config, question.noise)
 
 
-def converted(head: DDPMHead, dtype: str) -> DDPMHead:
-    """Copy a float32 head with its weights in `dtype`, one of `DTYPES`."""
-    head = copy.deepcopy(head)
-    if dtype == "int8":
-        to_int8(head)
-        return head
-    return head.to(torch.bfloat16 if dtype == "bfloat16" else torch.float32)
-
-
 def bytes_read(head: DDPMHead, num_inference_steps: int, rows: int, whole: bool) -> int:
     """Count the bytes of weights that one chain reads.
 
@@ -164,7 +154,8 @@ def bench_head(
     }
     plain = _random_head(preset).to(device)
     check(Header(benchmark="head", settings=settings, machine=Machine.here(device)))
-    ours, steps = converted(plain, config.dtype), config.num_inference_steps
+    ours, steps = copy.deepcopy(plain), config.num_inference_steps
+    convert(ours, config.dtype)
     ways = {"plain": partial(plain_sample, plain), "ours": partial(our_sample, ours)}
     for way in ways.values():
         way(_question(plain, 0, config.batch_size, device), min(WARM_STEPS, steps))

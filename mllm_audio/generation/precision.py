@@ -40,8 +40,13 @@ def cast(model: Model, dtype: str) -> None:
         raise ValueError(f"found dtype {dtype}, AudioMAR decodes in float32; leave it out")
     head = model.audio.head
     assert isinstance(head, nn.Module)
-    for module in (model.backbone, head):
-        if dtype == "bfloat16":
-            module.to(torch.bfloat16)
-        else:
-            to_int8(head if module is head else blocks(model.backbone))
+    convert(head, dtype)
+    convert(model.backbone if dtype == "bfloat16" else blocks(model.backbone), dtype)
+
+
+def convert(module: nn.Module, dtype: str) -> None:
+    """Hold the weights of a module in `dtype`, in place."""
+    if dtype == "int8":
+        to_int8(module)
+    elif dtype == "bfloat16":
+        module.to(torch.bfloat16)

@@ -72,31 +72,26 @@ class Rows:
         """Extend every row by (R', T, H) embeddings at (R', T) positions."""
         self.mask = torch.cat([self.mask, mask], dim=1)
         self.positions = torch.cat([self.positions, positions], dim=1)
-        copies = len(asked) - 1
-        if not copies and (embeds.shape[1] == self.mask.shape[1] or not holds_all(self.cache)):
+        length, copies = embeds.shape[1], len(asked) - 1
+        if not copies and (length == self.mask.shape[1] or not holds_all(self.cache)):
             self.hidden = self.model.step(embeds, positions, self.mask, self.cache, 1)
             return
-        targets = torch.arange(asked.start, asked.stop, device=embeds.device)
-        keys = torch.cat([self.positions, positions[:, -1:].expand(-1, copies)], dim=1)
-        self.hidden = self._attend(embeds, positions, targets, self.mask, keys)
+        again = positions[:, -1:].expand(-1, copies)
         if copies:
-            forget(self.cache, copies)
-
-    def _attend(
-        self, embeds: Tensor, positions: Tensor, targets: Tensor, padding: Tensor, keys: Tensor
-    ) -> Tensor:
-        """Run (R', T, H) embeddings, the last asked for (k,) targets; return (R', k, H) states.
-
-        The mask is ready: transformers would read back whether there is padding, and wait for it.
-        """
-        length, copies = embeds.shape[1], len(targets) - 1
-        if copies:
+            targets = torch.arange(asked.start, asked.stop, device=embeds.device)
             copied = copies_of(embeds[:, -1], self.model.audio.embed_targets(targets))
             embeds = torch.cat([embeds, copied], dim=1)
-            positions = torch.cat([positions, positions[:, -1:].expand(-1, copies)], dim=1)
-        full = copies_mask(padding, length, copies)  # (R', 1, T + k - 1, cached + T + k - 1)
-        visible = windowed(self.model.backbone, full, positions, keys)
-        return self.model.step(embeds, positions, visible, self.cache, 1 + copies)
+            positions = torch.cat([positions, again], dim=1)
+        # The mask is ready: transformers would read back whether there is padding, and wait for it.
+        visible = windowed(
+            self.model.backbone,
+            copies_mask(self.mask, length, copies),
+            positions,
+            torch.cat([self.positions, again], dim=1),
+        )
+        self.hidden = self.model.step(embeds, positions, visible, self.cache, 1 + copies)
+        if copies:
+            forget(self.cache, copies)
 
     def feed(self, embeds: Tensor, asked: range = NEXT) -> None:
         """Extend every row by (R', T, H) embeddings that follow one another."""

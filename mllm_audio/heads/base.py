@@ -78,6 +78,15 @@ class Head(Protocol):
         `channel_weight` is (D,) with mean 1 and weighs the squared error per channel.
         """
 
+    def noised(
+        self, latents: Tensor, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Noise (P, D) normalised latents as the loss does, each to a degree of its own.
+
+        Returns:
+            (P, D) noisy latents, and the (P,) timesteps that the head's network takes.
+        """
+
     def sample(
         self,
         condition: Tensor,

@@ -46,18 +46,31 @@ class DDPMHead(nn.Module):
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Score (P, D) latents under (P, Z) conditions, as `Head.loss`; returns (P,) float32."""
-        repeats, device = self.config.batch_multiplier, latents.device
+        repeats = self.config.batch_multiplier
         latents = latents.repeat(repeats, 1)  # (repeats * P, D)
         embedding = self.network.embed_condition(condition).repeat(repeats, 1)
+        timesteps, noise = self._draw(latents, generator)
+        mse, bound = self.loss_terms(latents, embedding, timesteps, noise, channel_weight)
+        return (mse + bound).view(repeats, len(condition)).mean(0)
+
+    def noised(
+        self, latents: Tensor, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Noise (P, D) latents as the loss does, as `Head.noised`."""
+        timesteps, noise = self._draw(latents, generator)
+        schedule = self.schedule(self.config.num_train_timesteps, latents.device)
+        return schedule.add_noise(latents, noise, timesteps), timesteps
+
+    def _draw(self, latents: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        """Draw (P,) timesteps evenly, and (P, D) noise."""
+        device = latents.device
         timesteps = torch.randint(
             self.config.num_train_timesteps,
             (len(latents),),
             generator=generator,
             device=device if generator is None else generator.device,
         ).to(device)
-        noise = draw_normal(latents.shape, device, generator)
-        mse, bound = self.loss_terms(latents, embedding, timesteps, noise, channel_weight)
-        return (mse + bound).view(repeats, len(condition)).mean(0)
+        return timesteps, draw_normal(latents.shape, device, generator)
 
     def loss_terms(
         self,

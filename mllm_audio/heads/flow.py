@@ -36,14 +36,25 @@ class FlowHead(nn.Module):
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Score (P, D) latents under (P, Z) conditions, as `Head.loss`; returns (P,) float32."""
-        repeats, device = self.config.batch_multiplier, latents.device
+        repeats = self.config.batch_multiplier
         latents = latents.repeat(repeats, 1)  # (repeats * P, D)
         embedding = self.network.embed_condition(condition).repeat(repeats, 1)
-        times = draw_normal((len(latents),), device, generator)
-        times = (times + self.config.time_shift).sigmoid()  # (repeats * P,)
-        noise = draw_normal(latents.shape, device, generator)
+        times, noise = self._draw(latents, generator)
         squared = self.loss_terms(latents, embedding, times, noise, channel_weight)
         return squared.view(repeats, len(condition)).mean(0)
+
+    def noised(
+        self, latents: Tensor, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Noise (P, D) latents as the loss does, as `Head.noised`."""
+        times, noise = self._draw(latents, generator)
+        return path_point(latents, noise, times), TIME_SCALE * times
+
+    def _draw(self, latents: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        """Draw (P,) logit-normal times, and (P, D) noise."""
+        times = draw_normal((len(latents),), latents.device, generator)
+        times = (times + self.config.time_shift).sigmoid()
+        return times, draw_normal(latents.shape, latents.device, generator)
 
     def loss_terms(
         self,

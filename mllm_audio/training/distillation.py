@@ -6,7 +6,6 @@ instead of an input for the scale: which position is predicted tells the head wh
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -15,11 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mllm_audio import backbone as backbones
-from mllm_audio.diffusion.schedule import path_point
-from mllm_audio.heads.base import Head, draw_normal
-from mllm_audio.heads.ddpm import DDPMHead
-from mllm_audio.heads.flow import TIME_SCALE, FlowHead
+from mllm_audio.diffusion.samplers import guided
 from mllm_audio.modality import pad_rows
 from mllm_audio.model import AudioLanguageModel
 from mllm_audio.text import SpecialIds
@@ -98,11 +93,7 @@ class GuidanceDistillation(AudioLanguageModel):
     @torch.no_grad()
     def states(self, batch: Batch) -> Tensor:
         """Run the backbone; return the (P, H) states of the elements that predict."""
-        backbones.check_positions(self.backbone, batch.position_ids)
-        hidden_states = backbones.run(
-            self.backbone, self.embed(batch), batch.position_ids, segment_ids=batch.segment_ids
-        )  # (B, T, H)
-        return hidden_states[batch.predicts].float()
+        return self.hidden_states(batch)[batch.predicts]
 
     def without_text(self, batch: Batch) -> Batch:
         """Put the null prompt in place of all text and prompts, as guidance's second branch."""
@@ -137,7 +128,7 @@ class GuidanceDistillation(AudioLanguageModel):
         )  # (repeats * L', ...), L' a multiple of 128
         scale = scales[positions.clamp(max=len(scales) - 1)][:, None]  # (L, 1)
         scale = pad_rows(scale).repeat(repeats, 1)
-        noisy, timesteps = noised(head, clean, generator)
+        noisy, timesteps = head.noised(clean, generator)
         with torch.no_grad():
             cond, uncond = (
                 teacher.network(noisy, timesteps, teacher.network.embed_condition(rows))
@@ -145,58 +136,12 @@ class GuidanceDistillation(AudioLanguageModel):
             )  # (repeats * L', out)
             dim = clean.shape[1]
             target = cond.clone()
-            target[:, :dim] = uncond[:, :dim] + scale * (cond - uncond)[:, :dim]
+            target[:, :dim] = guided(cond[:, :dim], uncond[:, :dim], scale)
         prediction = head.network(noisy, timesteps, head.network.embed_condition(condition))
         squared = (prediction - target) ** 2  # (repeats * L', out)
         weight = self.audio.channel_weight()
-        guided, rest = squared[:, :dim], squared[:, dim:]
-        per_row = (guided if weight is None else guided * weight).mean(-1)
+        near, rest = squared[:, :dim], squared[:, dim:]
+        per_row = (near if weight is None else near * weight).mean(-1)
         if rest.shape[1]:
             per_row = per_row + rest.mean(-1)
         return per_row.view(repeats, -1).mean(0)[:count]
-
-
-def noised(head: Head, latents: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-    """Noise (L, D) normalised latents as the head's own loss does.
-
-    Returns:
-        (L, D) noisy latents, and the (L,) timesteps that the head's network takes.
-
-    Raises:
-        ValueError: for a head of another kind.
-    """
-    for kind, draw in NOISED.items():
-        if isinstance(head, kind):
-            return draw(head, latents, generator)
-    raise ValueError(
-        f"found head {type(head).__name__}, expected one of "
-        f"{', '.join(kind.__name__ for kind in NOISED)}; add it to training/distillation.py"
-    )
-
-
-def _noised_ddpm(
-    head: DDPMHead, latents: Tensor, generator: torch.Generator | None
-) -> tuple[Tensor, Tensor]:
-    """Noise to timesteps drawn evenly."""
-    length, device = head.config.num_train_timesteps, latents.device
-    source = device if generator is None else generator.device
-    timesteps = torch.randint(length, (len(latents),), generator=generator, device=source)
-    timesteps = timesteps.to(device)
-    noise = draw_normal(latents.shape, device, generator)
-    return head.schedule(length, device).add_noise(latents, noise, timesteps), timesteps
-
-
-def _noised_flow(
-    head: FlowHead, latents: Tensor, generator: torch.Generator | None
-) -> tuple[Tensor, Tensor]:
-    """Noise to logit-normal times."""
-    times = draw_normal((len(latents),), latents.device, generator)
-    times = (times + head.config.time_shift).sigmoid()
-    noise = draw_normal(latents.shape, latents.device, generator)
-    return path_point(latents, noise, times), TIME_SCALE * times
-
-
-NOISED: dict[type[Head], Callable[..., tuple[Tensor, Tensor]]] = {
-    DDPMHead: _noised_ddpm,
-    FlowHead: _noised_flow,
-}

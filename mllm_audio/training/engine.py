@@ -193,7 +193,7 @@ def autocast(
 ) -> AbstractContextManager[None]:
     """Compute in bf16 where it is safe, or in float32 throughout.
 
-    A CPU that would emulate bf16, a hundred times slower, computes with float32 weights in float32,
+    A CPU that would emulate bf16, many times slower, computes with float32 weights in float32,
     and it is said. Weights in bf16, which DeepSpeed makes, leave no choice.
     """
     enabled = precision == "bf16"
