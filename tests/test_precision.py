@@ -10,9 +10,11 @@ from test_generation import CONFIG, run
 from mllm_audio.backbone import blocks
 from mllm_audio.benchmarks.subject import load_subject
 from mllm_audio.cli import cli
+from mllm_audio.generation import precision
 from mllm_audio.generation.precision import DTYPES, cast
 from mllm_audio.generation.voice import Voice
 from mllm_audio.int8 import Int8Linear
+from mllm_audio.tokenizers import DCTTokenizer
 
 
 @pytest.mark.parametrize("tokens_per_step", [1, 4])
@@ -40,6 +42,18 @@ def test_int8_holds_the_matrices_of_blocks_and_head_and_no_others(make_model, fa
     assert len(inside) == 4 * 2 if family == "gpt2" else len(inside) == 7 * 2
     assert all(m.weight.dtype == torch.int8 for m in inside)
     assert torch.equal(before, model.text_logits(model.embed_text(text_ids)))  # tables as before
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_latents_are_decoded_in_bfloat16_where_the_machine_computes_in_it(
+    monkeypatch, dtype, has_bf16
+):
+    monkeypatch.setattr(precision, "has_bf16", lambda device_type: has_bf16)
+    tokenizer, asked = DCTTokenizer(), []
+    monkeypatch.setattr(tokenizer, "decode_in", asked.append)
+    precision.cast_decoder(tokenizer, dtype, torch.device("cpu"))
+    assert asked == ([torch.bfloat16] if has_bf16 and dtype != "float32" else [])
 
 
 def test_the_type_is_refused_in_one_line(make_model):

@@ -274,6 +274,20 @@ def test_audioldm_is_the_published_networks_around_patches(audioldm_folder):
     assert_same(tokenizer.decode(latents), sound[:, :7680])
 
 
+def test_audioldm_decodes_in_bfloat16_and_encodes_as_before(audioldm_folder):
+    tokenizer = load_tokenizer(f"audioldm:{audioldm_folder}")
+    waveforms = noise(1, 7680)
+    latents = tokenizer.encode(waveforms)
+    full = tokenizer.decode(latents)
+    fingerprint = tokenizer.fingerprint
+    tokenizer.decode_in(torch.bfloat16)
+    sound = tokenizer.decode(latents)
+    assert sound.dtype == torch.float32 and sound.shape == full.shape
+    assert 0 < float((sound - full).norm() / full.norm()) < 0.1
+    assert torch.equal(tokenizer.encode(waveforms), latents)
+    assert tokenizer.fingerprint == fingerprint
+
+
 def test_audioldm_draws_from_the_posterior_only_with_a_generator(audioldm_folder):
     tokenizer = load_tokenizer(f"audioldm:{audioldm_folder}")
     waveforms = noise(1, 2560)

@@ -20,7 +20,7 @@ from mllm_audio.benchmarks.subject import Subject, prompt_part
 from mllm_audio.benchmarks.timing import Stopwatch, forget_peak, middle, peak_memory
 from mllm_audio.data.layout import Prompt, stacked
 from mllm_audio.generation.decode import GenerationConfig, decode, token_limits
-from mllm_audio.generation.precision import cast
+from mllm_audio.generation.precision import cast, cast_decoder
 from mllm_audio.generation.voice import Voice
 from mllm_audio.text import SpecialIds
 
@@ -101,6 +101,7 @@ def bench_generate(
     audio = voice.model.audio.config
     num_parameters = subject.num_parameters  # before they are cast: int8 weights are buffers
     cast(voice.model, config.dtype)
+    cast_decoder(voice.audio_tokenizer, config.dtype, voice.model.device)
     task = Task(voice, config.resolve(voice.defaults, voice.model), config.batch_size)
     num_tokens = task.num_tokens
     header = Header(

@@ -1,4 +1,4 @@
-"""The type of the weights that decoding reads most: those of backbone and head."""
+"""The type of the weights that decoding reads: of backbone, head and audio tokenizer."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from torch import nn
 from mllm_audio.audiomar import AudioMAR
 from mllm_audio.backbone import blocks
 from mllm_audio.config import nearest
+from mllm_audio.hardware import has_bf16
 from mllm_audio.int8 import to_int8
 from mllm_audio.models import Model
+from mllm_audio.tokenizers.base import AudioTokenizer
 
 DTYPES = ("float32", "bfloat16", "int8")
 
@@ -42,6 +44,16 @@ def cast(model: Model, dtype: str) -> None:
     assert isinstance(head, nn.Module)
     convert(head, dtype)
     convert(model.backbone if dtype == "bfloat16" else blocks(model.backbone), dtype)
+
+
+def cast_decoder(audio_tokenizer: AudioTokenizer, dtype: str, device: torch.device) -> None:
+    """Hold what decodes latents in bfloat16 beside weights in `dtype`, in place.
+
+    It stays float32 beside float32, and on a CPU without bf16 arithmetic: convolutions that are
+    emulated take many times as long.
+    """
+    if dtype != "float32" and has_bf16(device.type):
+        audio_tokenizer.decode_in(torch.bfloat16)
 
 
 def convert(module: nn.Module, dtype: str) -> None:

@@ -22,7 +22,7 @@ from mllm_audio.generation.decode import GenerationConfig, decode, token_limits
 from mllm_audio.generation.hear import hear
 from mllm_audio.generation.interleaved import Reply, join
 from mllm_audio.generation.parts import GENERATION_FILE, load_audio_tokenizer, read_defaults
-from mllm_audio.generation.precision import cast
+from mllm_audio.generation.precision import cast, cast_decoder
 from mllm_audio.generation.prompts import caption_ids, embed, load_checked
 from mllm_audio.generation.stream import SpanDecoder, tell_audio, tell_whole_spans
 from mllm_audio.generation.text import TextConfig
@@ -70,6 +70,7 @@ class Voice:
         model, text_tokenizer = load_model(folder, base, merge=merge)
         cast(model.to(default_device()), dtype)
         audio_tokenizer = load_audio_tokenizer(model.audio.config, folder)
+        cast_decoder(audio_tokenizer, dtype, model.device)
         defaults = read_defaults(folder)
         return cls(model, text_tokenizer, audio_tokenizer, defaults, conditioner)
 

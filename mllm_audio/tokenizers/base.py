@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -54,6 +55,9 @@ class AudioTokenizer(Protocol):
         Raises:
             ValueError: if N is not a whole number of columns.
         """
+
+    def decode_in(self, dtype: torch.dtype) -> None:
+        """Hold the weights that decode in `dtype`; samples stay float32, encoding does too."""
 
     def stream(self) -> ColumnDecoder:
         """Begin to decode latents that arrive in time."""

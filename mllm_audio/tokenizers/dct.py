@@ -101,6 +101,9 @@ class DCTTokenizer:
         decoder = self.stream()
         return torch.cat([decoder.push(latents), decoder.finish()], dim=1)
 
+    def decode_in(self, dtype: torch.dtype) -> None:
+        """Change nothing: there are no weights, and Griffin-Lim needs float32."""
+
     def stream(self) -> DCTDecoder:
         """Begin to decode latents that arrive in time.
 
