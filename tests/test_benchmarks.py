@@ -23,6 +23,7 @@ from mllm_audio.benchmarks.session import SessionConfig, run_session
 from mllm_audio.cli import cli
 from mllm_audio.data.layout import Text
 from mllm_audio.diffusion.samplers import SAMPLERS
+from mllm_audio.generation import graph
 from mllm_audio.generation.precision import cast
 from mllm_audio.heads import HEADS
 from mllm_audio.heads.base import HeadConfig
@@ -584,3 +585,22 @@ def test_the_process_prints_one_line_and_exits_with_2(tmp_path):
     assert (
         result.stderr.startswith("error: unknown preset 'tin'") and result.stderr.count("\n") == 1
     )
+
+
+def test_where_steps_are_graphs_parts_are_timed_without_and_clips_with_one(tmp_path, monkeypatch):
+    steps = []
+
+    def capture_on(device):
+        return (lambda step: steps.append(step) or step) if graph._allowed.get() else None
+
+    for module in (graph, generate):
+        monkeypatch.setattr(module, "capture_on", capture_on)
+    report, output = bench(
+        tmp_path, "generate", "--preset", "tiny", "--seconds", 0.96, "--repetitions", 1
+    )
+    assert len(steps) == 3  # two to warm up, and one whole clip
+    assert "without a graph" in output
+    figures = report.figures
+    assert figures["seconds"] == pytest.approx(figures["span.seconds"] + figures["decode.seconds"])
+    assert figures["watched.seconds"] != figures["seconds"]
+    assert figures["backbone.seconds"] > 0

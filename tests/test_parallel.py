@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from test_backbone import add_voice
 from test_generation import force_end, run
 
@@ -101,8 +102,8 @@ def test_a_step_runs_the_backbone_once_and_keeps_one_element_a_latent(
 
 
 def test_the_mask_hides_copies_from_each_other_and_padding_from_all():
-    padding = torch.tensor([[False, True, True, True], [True, True, True, True]])
-    mask = copies_mask(padding, 2, 2).int()  # 2 in the cache, 2 new, 2 copies of the last
+    padding = torch.tensor([[False, *5 * [True]], 6 * [True]])
+    mask = copies_mask(padding, 2, 2, 2).int()  # 2 in the cache, 2 new, 2 copies of the last
     assert mask[1, 0].tolist() == [
         [1, 1, 1, 0, 0, 0],
         [1, 1, 1, 1, 0, 0],
@@ -110,7 +111,9 @@ def test_the_mask_hides_copies_from_each_other_and_padding_from_all():
         [1, 1, 1, 0, 0, 1],
     ]
     assert mask[0, 0, :, 0].tolist() == [0, 0, 0, 0]
-    first = copies_mask(padding[:1], 4, 1)  # nothing cached: padding sees itself and no more
+    later = copies_mask(F.pad(padding, (0, 2), value=True), torch.tensor(2), 2, 2).int()
+    assert torch.equal(later, F.pad(mask, (0, 2)))  # free slots are hidden
+    first = copies_mask(padding[:1, :5], 0, 4, 1)  # nothing cached: padding sees itself alone
     assert first[0, 0, 0].tolist() == [True, False, False, False, False]
     assert not first[0, 0, 1:, 0].any()
 

@@ -16,6 +16,7 @@ from mllm_audio.benchmarks.timing import Stopwatch
 from mllm_audio.data.dataset import seeded
 from mllm_audio.data.layout import Audio, Prompt, Text, collate
 from mllm_audio.generation.decode import GenerationConfig, audio_span, token_limits
+from mllm_audio.generation.graph import without_graphs
 from mllm_audio.generation.parallel import asked_targets
 from mllm_audio.generation.rows import NEXT, Rows
 from mllm_audio.generation.voice import Voice
@@ -64,8 +65,9 @@ def length_figures(
         rows = _rows(voice, part, num_rows, first, timed.is_guided(num_tokens), asked)
         watch = Stopwatch(voice.model.device)
         steps = audio_span(rows, range(num_rows), timed, num_tokens, first)
-        for _ in range(per_column):  # unmeasured
-            next(steps)
+        with without_graphs():
+            for _ in range(per_column):  # unmeasured
+                next(steps)
         with (
             watch.watching(voice.model, "step", "backbone"),
             watch.watching(voice.model.audio, "sample", "head"),

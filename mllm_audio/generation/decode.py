@@ -13,6 +13,7 @@ from torch import Tensor
 from mllm_audio.config import check_range
 from mllm_audio.data.layout import Prompt
 from mllm_audio.diffusion.noise import Noise
+from mllm_audio.generation.graph import GraphedStep
 from mllm_audio.generation.parallel import asked_targets
 from mllm_audio.generation.prompt_batch import prompt_batch, prompt_length
 from mllm_audio.generation.rows import Rows
@@ -244,8 +245,15 @@ def audio_span(
     row_seeds = torch.tensor(seeds, dtype=torch.long, device=rows.hidden.device)  # (R,)
     scales = config.scales(longest, rows.hidden.device)  # of all latents, copied there once
     active = torch.ones(len(seeds), dtype=torch.bool, device=rows.hidden.device)
+    samplings = [config.sampling_at(index, longest) for index in range(first, longest)]
+    asked = asked_targets(first, config.tokens_per_step, longest)
+    graphed = GraphedStep.begin(rows, row_seeds, samplings, scales, asked)
     while first < longest:
         asked = asked_targets(first, config.tokens_per_step, longest)
+        following = asked_targets(asked.stop, config.tokens_per_step, longest)
+        # In models without an end, the last latent of a span predicts nothing.
+        if asked.stop == longest and not audio.config.end_of_audio:
+            following = range(0)
         alive = []  # (R,) of each latent that some row goes on to
         for number, index in enumerate(asked):
             if index >= fewest and index % audio.config.tokens_per_column == 0:
@@ -256,29 +264,22 @@ def audio_span(
                     break
             alive.append(active)
         if not alive:
-            return
+            break
         drawn = asked[: len(alive)]
-        latents = _draw(rows, row_seeds, config.sampling_over(drawn, scales), drawn)  # (R, k, D)
+        whole = len(drawn) == len(asked) == len(following) == config.tokens_per_step
+        if graphed is not None and not whole:
+            graphed.end()
+            graphed = None
+        sampling = config.sampling_over(drawn, scales)
+        # (R, k, D); a graph has fed them already
+        latents = graphed.take() if graphed else rows.draw(row_seeds, sampling, drawn)
         for number, is_active in enumerate(alive):
             yield DecodeStep(latents[:, number], is_active)
         if len(drawn) < len(asked):
             rows.feed_latents(latents, first, range(drawn.stop, drawn.stop + 1))
-            return
+            break
+        if graphed is None:
+            rows.feed_latents(latents, first, following)
         first = asked.stop
-        following = asked_targets(first, config.tokens_per_step, longest)
-        # In models without an end, the last latent of a span predicts nothing.
-        is_last = first == longest and not audio.config.end_of_audio
-        rows.feed_latents(latents, asked.start, range(0) if is_last else following)
-
-
-def _draw(rows: Rows, seeds: Tensor, sampling: SamplingConfig, asked: range) -> Tensor:
-    """Draw the latents that the rows are asked for, (R, k, D), with noise by their positions."""
-    audio, (cond, uncond), count = rows.model.audio, rows.states, len(asked)
-    if isinstance(sampling.guidance_scale, Tensor):
-        scales = sampling.guidance_scale.repeat(len(seeds), 1)  # (R k, 1)
-        sampling = replace(sampling, guidance_scale=scales)
-    positions = torch.arange(asked.start, asked.stop, device=seeds.device).repeat(len(seeds))
-    noise = Noise(seeds.repeat_interleave(count), positions, audio.config.latent_dim)
-    unconditional = None if uncond is None else uncond[:, :count].flatten(0, 1)
-    latents = audio.sample(cond[:, :count].flatten(0, 1), unconditional, sampling, noise)
-    return latents.unflatten(0, (len(seeds), count))
+    if graphed is not None:
+        graphed.end()

@@ -11,13 +11,19 @@ learned to predict so far ahead (`masking.max_distance`).
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
 def asked_targets(first: int, tokens_per_step: int, longest: int) -> range:
     """List the target positions of a step from `first` on; behind the last latent is the end."""
     return range(first, max(first + 1, min(first + tokens_per_step, longest)))
+
+
+def positions_of(asked: range | Tensor, device: torch.device) -> Tensor:
+    """Give target positions as a tensor, (k,)."""
+    if isinstance(asked, Tensor):
+        return asked
+    return torch.arange(asked.start, asked.stop, device=device)
 
 
 def copies_of(embeds: Tensor, targets: Tensor) -> Tensor:
@@ -33,20 +39,19 @@ def copies_of(embeds: Tensor, targets: Tensor) -> Tensor:
     return embeds[:, None] + (targets[1:] - targets[:1]).to(embeds.dtype)
 
 
-def copies_mask(padding: Tensor, length: int, copies: int) -> Tensor:
+def copies_mask(padding: Tensor, start: int | Tensor, length: int, copies: int) -> Tensor:
     """Say who looks at whom where the last of `length` new elements has copies behind it.
 
     Args:
-        padding: (R', cached + length) bool, false where a row is padded.
+        padding: (R', S) bool of all slots there are, false where a row is padded.
+        start: slot of the first new element; what is behind the copies is hidden.
         length: new elements, the original of the copies last.
         copies: behind them.
 
     Returns:
-        (R', 1, length + copies, cached + length + copies) bool. Every element sees itself, those
-        of the padding too: without anything to see, attention is not a number.
+        (R', 1, length + copies, S) bool. Every element sees itself, those of the padding too:
+        without anything to see, attention is not a number.
     """
-    start = padding.shape[1] - length  # of the new elements
-    padding = F.pad(padding, (0, copies), value=True)
     number = torch.arange(length + copies, device=padding.device)[:, None]
     slots = torch.arange(padding.shape[1], device=padding.device)
     before = torch.where(number < length, number, length - 1)  # (length + copies, 1)

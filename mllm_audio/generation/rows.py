@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +11,10 @@ from transformers import DynamicCache
 
 from mllm_audio.backbone import windowed
 from mllm_audio.data.layout import IGNORED
-from mllm_audio.generation.cache import buffered_cache, forget, holds_all
-from mllm_audio.generation.parallel import copies_mask, copies_of
+from mllm_audio.diffusion.noise import Noise
+from mllm_audio.generation.cache import Slots, buffered_cache, fixable, forget, holds_all
+from mllm_audio.generation.parallel import copies_mask, copies_of, positions_of
+from mllm_audio.heads.base import SamplingConfig
 from mllm_audio.model import AudioLanguageModel
 from mllm_audio.text import SpecialIds
 from mllm_audio.types import Batch
@@ -34,6 +36,7 @@ class Rows:
     mask: Tensor  # (R', T) bool, false where a row is padded
     positions: Tensor  # (R', T) of all elements
     hidden: Tensor  # (R', k, H), the state after the last one, for each target asked of it
+    slots: Slots | None = None  # see `fix`
 
     @classmethod
     def begin(
@@ -44,7 +47,7 @@ class Rows:
         embeds: Tensor,
         position_ids: Tensor,
         mask: Tensor,
-        asked: range = NEXT,
+        asked: range | Tensor = NEXT,
     ) -> Rows:
         """Feed the prompts: (R', T, H) embeddings at (R', T) positions, (R', T) mask.
 
@@ -68,37 +71,78 @@ class Rows:
         cond, uncond = self.hidden.chunk(2)
         return cond, uncond
 
-    def _extend(self, embeds: Tensor, positions: Tensor, mask: Tensor, asked: range) -> None:
+    @property
+    def last(self) -> Tensor:
+        """Tell the (R', 1) positions of the elements fed last."""
+        if self.slots is None:
+            return self.positions[:, -1:]
+        return self.positions.index_select(1, self.slots.start[None] - 1)
+
+    def fix(self, room: int) -> None:
+        """Hold all that grows in buffers of a final size, with slots for `room` more elements.
+
+        Until `unfix`, feeding runs the same kernels on the same memory each time, so that a step
+        can be captured.
+        """
+        length = self.positions.shape[1]
+        capacity = (length + room + 7) // 8 * 8  # the kernels of a GPU want it whole
+        self.slots = Slots.after(length, self.hidden.device)
+        self.mask = F.pad(self.mask, (0, capacity - length), value=True)
+        self.positions = F.pad(self.positions, (0, capacity - length))
+        self.hidden = self.hidden.clone()
+        for layer in fixable(self.cache):
+            layer.fix(self.slots, capacity)
+
+    def unfix(self, length: int) -> None:
+        """Grow again as before `fix`, from the `length` elements that were fed by now."""
+        self.slots = None
+        self.mask, self.positions = self.mask[:, :length], self.positions[:, :length]
+        for layer in fixable(self.cache):
+            layer.unfix(length)
+
+    def _extend(
+        self, embeds: Tensor, positions: Tensor, mask: Tensor, asked: range | Tensor
+    ) -> None:
         """Extend every row by (R', T, H) embeddings at (R', T) positions."""
-        self.mask = torch.cat([self.mask, mask], dim=1)
-        self.positions = torch.cat([self.positions, positions], dim=1)
         length, copies = embeds.shape[1], len(asked) - 1
-        if not copies and (length == self.mask.shape[1] or not holds_all(self.cache)):
-            self.hidden = self.model.step(embeds, positions, self.mask, self.cache, 1)
-            return
+        if self.slots is None:
+            self.mask = torch.cat([self.mask, mask], dim=1)
+            self.positions = torch.cat([self.positions, positions], dim=1)
+            if not copies and (length == self.mask.shape[1] or not holds_all(self.cache)):
+                self.hidden = self.model.step(embeds, positions, self.mask, self.cache, 1)
+                return
         again = positions[:, -1:].expand(-1, copies)
         if copies:
-            targets = torch.arange(asked.start, asked.stop, device=embeds.device)
-            copied = copies_of(embeds[:, -1], self.model.audio.embed_targets(targets))
-            embeds = torch.cat([embeds, copied], dim=1)
+            targets = self.model.audio.embed_targets(positions_of(asked, embeds.device))
+            embeds = torch.cat([embeds, copies_of(embeds[:, -1], targets)], dim=1)
             positions = torch.cat([positions, again], dim=1)
+        if self.slots is None:
+            start: int | Tensor = self.mask.shape[1] - length
+            padding = F.pad(self.mask, (0, copies), value=True)
+            keys = torch.cat([self.positions, again], dim=1)
+        else:
+            self.slots.take(length + copies)
+            keys = self.positions.index_copy_(1, self.slots.written, positions)
+            start, padding = self.slots.start, self.mask
         # The mask is ready: transformers would read back whether there is padding, and wait for it.
         visible = windowed(
-            self.model.backbone,
-            copies_mask(self.mask, length, copies),
-            positions,
-            torch.cat([self.positions, again], dim=1),
+            self.model.backbone, copies_mask(padding, start, length, copies), positions, keys
         )
-        self.hidden = self.model.step(embeds, positions, visible, self.cache, 1 + copies)
+        hidden = self.model.step(embeds, positions, visible, self.cache, 1 + copies)
+        if self.slots is not None:
+            self.hidden.copy_(hidden)
+            self.slots.start += length
+            return
+        self.hidden = hidden
         if copies:
             forget(self.cache, copies)
 
-    def feed(self, embeds: Tensor, asked: range = NEXT) -> None:
+    def feed(self, embeds: Tensor, asked: range | Tensor = NEXT) -> None:
         """Extend every row by (R', T, H) embeddings that follow one another."""
         length = embeds.shape[1]
         ahead = torch.arange(1, length + 1, device=embeds.device)
         mask = self.mask.new_ones(len(self.mask), length)
-        self._extend(embeds, self.positions[:, -1:] + ahead, mask, asked)
+        self._extend(embeds, self.last + ahead, mask, asked)
 
     def feed_id(self, token: int, asked: range = NEXT) -> None:
         """Extend every row by a text id, the null prompt in unconditional rows, or by a marker.
@@ -120,7 +164,7 @@ class Rows:
         )
         self.feed(self.model.embed(batch), asked)
 
-    def feed_latents(self, latents: Tensor, first: int, asked: range) -> None:
+    def feed_latents(self, latents: Tensor, first: int | Tensor, asked: range | Tensor) -> None:
         """Extend every row by its (R, n, D) latents from content position `first` on.
 
         They are alike in both twins. Each predicts the one behind it, the last what is `asked`,
@@ -128,12 +172,29 @@ class Rows:
         """
         audio, copies = self.model.audio, 2 if self.guided else 1
         rows, count, _ = latents.shape
-        places = torch.arange(first, first + count, device=latents.device)
+        places = first + torch.arange(count, device=latents.device)
         embeds = audio.embed(latents.flatten(0, 1), places.repeat(rows)).unflatten(0, (rows, count))
-        predicting = count if asked else count - 1
+        asked, predicting = (asked, count) if len(asked) else (NEXT, count - 1)
         targets = audio.embed_targets(places[:predicting] + 1)  # (n or n - 1, H)
         embeds = embeds + F.pad(targets, (0, 0, 0, count - predicting))
-        self.feed(embeds.to(self.model.backbone.dtype).repeat(copies, 1, 1), asked or NEXT)
+        self.feed(
+            embeds.to(self.model.backbone.dtype).repeat(copies, 1, 1), asked if len(asked) else NEXT
+        )
+
+    def draw(self, seeds: Tensor, sampling: SamplingConfig, asked: range | Tensor) -> Tensor:
+        """Draw the latents that were asked for, (R, k, D), with noise by (R,) seeds and positions.
+
+        `sampling` may have a guidance scale for each of them, (k, 1).
+        """
+        audio, (cond, uncond), count = self.model.audio, self.states, len(asked)
+        if isinstance(sampling.guidance_scale, Tensor):
+            scales = sampling.guidance_scale.repeat(len(seeds), 1)  # (R k, 1)
+            sampling = replace(sampling, guidance_scale=scales)
+        positions = positions_of(asked, seeds.device).repeat(len(seeds))
+        noise = Noise(seeds.repeat_interleave(count), positions, audio.config.latent_dim)
+        unconditional = None if uncond is None else uncond[:, :count].flatten(0, 1)
+        latents = audio.sample(cond[:, :count].flatten(0, 1), unconditional, sampling, noise)
+        return latents.unflatten(0, (len(seeds), count))
 
 
 def text_batch(
