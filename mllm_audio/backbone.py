@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from mllm_audio.attention import square_mask, window_binds
 from mllm_audio.config import check_range, nearest
 
 
@@ -186,6 +187,7 @@ def run(
     attention_mask: Tensor | dict[str, Tensor] | None = None,
     cache: Cache | None = None,
     segment_ids: Tensor | None = None,
+    has_copies: bool = False,
 ) -> Tensor:
     """Run the decoder below its text head.
 
@@ -197,6 +199,8 @@ def run(
             looks at whom, as `windowed` returns it.
         cache: keys and values of earlier positions, extended in place.
         segment_ids: (B, T) of packed rows, which attention must not cross; without a cache.
+        has_copies: whether elements at the position of the one before them are copies of it, see
+            `Audio.far`; without a cache.
 
     Returns:
         (B, T, H) hidden states after the final norm.
@@ -208,8 +212,9 @@ def run(
             inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device
         )
     mask = attention_mask
-    if cache is None and (segment_ids is not None or _window_binds(backbone, position_ids)):
-        mask = _square_mask(backbone, position_ids, segment_ids)
+    hides = segment_ids is not None or has_copies
+    if cache is None and (hides or window_binds(backbone, position_ids)):
+        mask = square_mask(backbone, position_ids, segment_ids, has_copies)
     options: dict[str, Any] = {"past_key_values": cache, "use_cache": cache is not None}
     with _attention_kernel(backbone, inputs_embeds):
         output = backbone.base_model(
@@ -235,53 +240,6 @@ def check_positions(backbone: PreTrainedModel, position_ids: Tensor) -> None:
             f"a sequence of {last + 1} text and audio positions is longer than the model's "
             f"max_position_embeddings={limit}; shorten the text or the audio"
         )
-
-
-def _window_binds(backbone: PreTrainedModel, position_ids: Tensor) -> bool:
-    """Tell whether sliding-window attention hides a position of these rows from another."""
-    window = getattr(backbone.config, "sliding_window", None)
-    return window is not None and int(position_ids.max()) >= window
-
-
-def _square_mask(
-    backbone: PreTrainedModel, position_ids: Tensor, segment_ids: Tensor | None
-) -> Tensor | dict[str, Tensor]:
-    """Build (B, 1, T, T) masks, true where the row's element may look at the column's.
-
-    A sliding window is measured in positions, gaps counted: a dropped token takes its place in it,
-    as it does when the whole sequence is generated.
-    """
-    length = position_ids.shape[1]
-    square = torch.ones(length, length, dtype=torch.bool, device=position_ids.device).tril()
-    full = square.expand(len(position_ids), 1, length, length)
-    if segment_ids is not None:
-        full = full & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
-    return windowed(backbone, full, position_ids, position_ids)
-
-
-def windowed(
-    backbone: PreTrainedModel, full: Tensor, queries: Tensor, keys: Tensor
-) -> Tensor | dict[str, Tensor]:
-    """Hide what lies outside the backbone's sliding window, if it has one.
-
-    Args:
-        backbone: whose layers may differ in it.
-        full: (B, 1, T, T') bool, true where the row's element may look at the column's.
-        queries: (B, T) positions of the rows.
-        keys: (B, T') positions of the columns.
-
-    Returns:
-        The mask, or one for each kind of layer.
-    """
-    window = getattr(backbone.config, "sliding_window", None)
-    if window is None:
-        return full
-    distance = queries[:, None, :, None] - keys[:, None, None, :]
-    sliding = full & (distance < window)
-    kinds = set(getattr(backbone.config, "layer_types", None) or ["sliding_attention"])
-    if len(kinds) > 1:
-        return {"full_attention": full, "sliding_attention": sliding}
-    return sliding if kinds == {"sliding_attention"} else full
 
 
 def _attention_kernel(

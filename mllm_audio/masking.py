@@ -76,11 +76,10 @@ class MaskingConfig:
     )
     hidden: str = "drop"  # in HIDDEN: what stands where a latent is masked
     next_kept: bool = True  # predict the next kept latent; false: the immediate next one
-    # A share of the elements predict the j-th next one, j uniform in 1 to this: as far as
-    # `tokens_per_step` of decoding. The others predict the next one, which is all that decoding
-    # leaves in a context.
+    # As far as `tokens_per_step` of decoding: every element predicts the next one, and a share of
+    # them, by a copy that no other sees, the j-th next one, j uniform in 2 to this.
     max_distance: int = 1
-    far_share: float = 0.25
+    far_share: float = 0.5
 
     def __post_init__(self) -> None:
         """Check the schedule's name and the scale."""
@@ -135,13 +134,15 @@ def sample_known_positions(num_tokens: int, ratio: float, generator: torch.Gener
     return torch.randperm(num_tokens, generator=generator)[:known].sort().values
 
 
-def sample_distances(config: MaskingConfig, count: int, generator: torch.Generator) -> Tensor:
-    """Choose which of the next ones each of `count` elements predicts: (count,) int64, from 1."""
+def sample_far(config: MaskingConfig, count: int, generator: torch.Generator) -> Tensor | None:
+    """Choose which of the next ones the copies of `count` elements predict, (count,) int64.
+
+    0 where there is no copy; None where there are none at all.
+    """
     if config.max_distance == 1:
-        return torch.ones(count, dtype=torch.long)
-    far = torch.randint(1, config.max_distance + 1, (count,), generator=generator)
-    is_far = torch.rand(count, generator=generator) < config.far_share
-    return torch.where(is_far, far, 1)
+        return None
+    far = torch.randint(2, config.max_distance + 1, (count,), generator=generator)
+    return far * (torch.rand(count, generator=generator) < config.far_share)
 
 
 def end_weights(num_tokens: int, kept: Tensor, ratio: float, distances: Tensor) -> Tensor:

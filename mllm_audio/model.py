@@ -68,7 +68,11 @@ class AudioLanguageModel(Checkpointed):
         """
         backbones.check_positions(self.backbone, batch.position_ids)
         return backbones.run(
-            self.backbone, self.embed(batch), batch.position_ids, segment_ids=batch.segment_ids
+            self.backbone,
+            self.embed(batch),
+            batch.position_ids,
+            segment_ids=batch.segment_ids,
+            has_copies=batch.has_copies,
         ).float()
 
     def forward(

@@ -65,6 +65,8 @@ class Batch:
     is_prompt: Tensor | None = (
         None  # (B, T) bool, elements that hold a prompt embedding; None: none
     )
+    # Elements at the position of the one before them are copies, which nothing but they see.
+    has_copies: bool = False
     # Of each of the conditioner's streams (B', L, D_s), B' rows before packing; a row's elements
     # hold those of all streams behind one another. Empty where captions are text ids.
     prompts: tuple[Tensor, ...] = ()

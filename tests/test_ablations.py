@@ -16,7 +16,7 @@ from mllm_audio.data.config import DataConfig
 from mllm_audio.data.dataset import TrainingData
 from mllm_audio.data.prepare import prepare
 from mllm_audio.generation.voice import Voice
-from mllm_audio.masking import MaskingConfig, sample_distances
+from mllm_audio.masking import MaskingConfig, sample_far
 from mllm_audio.modality import AudioConfig, AudioModality
 from mllm_audio.presets import get_preset
 from mllm_audio.presets.config import RunConfig
@@ -38,12 +38,12 @@ def build(folder, text_tokenizer, special):
     clips = load_split(folder, "train", verify=False)
     mean, std = torch.linspace(-1, 1, 128), torch.linspace(1, 2, 128)
 
-    def make(end_of_audio: bool = False, **masking):
+    def make(end_of_audio: bool = False, pack_tokens: int | None = None, **masking):
         data = TrainingData(
             source=CaptionedClips(clips, text_tokenizer),
             special=special,
             masking=MaskingConfig(**masking),
-            config=DataConfig(unconditional_share=0.0),
+            config=DataConfig(unconditional_share=0.0, pack_tokens=pack_tokens),
             batch_size=4,
             seed=3,
             end_of_audio=end_of_audio,
@@ -112,38 +112,78 @@ def test_without_masking_every_variant_is_next_token_prediction(build):
 
 @pytest.mark.parametrize("end", [False, True])
 @pytest.mark.parametrize("masking", [{"schedule": "ntp"}, FIXED, {**FIXED, "next_kept": False}])
-def test_targets_at_a_distance_are_drawn_evenly_and_end_with_the_clip(build, masking, end):
+def test_copies_predict_targets_at_a_distance_that_end_with_the_clip(build, masking, end):
     make, latents, _ = build
+    plain = make(end_of_audio=end, **masking)
     batch = make(end_of_audio=end, max_distance=3, far_share=1.0, **masking)
-    num, content = latents.shape[1], batch.content_positions.view(4, -1)
-    kept_only, found, done = masking.get("next_kept", True), [], 0
+    assert batch.has_copies and not plain.has_copies
+    num = latents.shape[1]
+    kept_only, found, done, elements = masking.get("next_kept", True), [], 0, 0
     for row in range(4):
-        places = [-1, *content[row].tolist()]
-        ahead = [*places[1:], num] if kept_only else list(range(num + 1))
-        start = int(batch.is_audio[row].nonzero()[0]) - 1
-        predicts = batch.predicts[row, start : start + len(places)]
-        for place, is_asked in zip(places, predicts.tolist(), strict=True):
-            if not is_asked:  # beyond the end, or the end of a model without one
-                assert len([p for p in ahead if p > place]) <= 3
-                continue
-            target = int(batch.target_positions[done])
-            found.append(1 + [p for p in ahead if p > place].index(target))
-            assert bool(batch.target_is_end[done]) == (target == num) and (end or target < num)
-            if target < num:
-                assert torch.equal(batch.target_latents[done], latents[row, target])
-            done += 1
-    assert done == len(batch.target_positions)
-    counts = torch.tensor(found).bincount(minlength=4)[1:]
-    assert len(counts) == 3 and counts.min() > 0.2 * counts.sum(), counts
+        content = plain.content_positions[plain.is_audio.nonzero()[:, 0] == row].tolist()
+        places = [-1, *content]
+        ahead = [*content, num] if kept_only else list(range(num + 1))
+        start = int(batch.is_audio[row].nonzero()[0]) - 2  # the start is there twice
+        assert torch.equal(batch.input_ids[row, :start], plain.input_ids[row, :start])
+        for index, place in enumerate(places):
+            at = start + 2 * index  # of the original, with its copy behind it
+            position = int(plain.position_ids[row, start + index])
+            assert batch.position_ids[row, at : at + 2].tolist() == [position] * 2
+            assert batch.input_ids[row, at] == batch.input_ids[row, at + 1]
+            if place >= 0:
+                assert torch.equal(
+                    batch.latents[elements : elements + 2], latents[row, [place] * 2]
+                )
+                assert batch.content_positions[elements : elements + 2].tolist() == [place] * 2
+                elements += 2
+            for copy in range(2):
+                if not batch.predicts[row, at + copy]:  # beyond the end
+                    assert len([p for p in ahead if p > place]) <= (3 if copy else 1)
+                    continue
+                target = int(batch.target_positions[done])
+                distance = 1 + [p for p in ahead if p > place].index(target)
+                assert (distance == 1) == (copy == 0)
+                found.append(distance)
+                assert bool(batch.target_is_end[done]) == (target == num) and (end or target < num)
+                if target < num:
+                    assert torch.equal(batch.target_latents[done], latents[row, target])
+                done += 1
+    assert done == len(batch.target_positions) and elements == len(batch.latents)
+    counts = torch.tensor(found).bincount(minlength=4)[2:]
+    assert len(counts) == 2 and counts.min() > 0.3 * counts.sum(), counts
 
 
-def test_most_elements_predict_the_next_one_beside_far_targets():
-    config = MaskingConfig(max_distance=4)
-    drawn = sample_distances(config, 40_000, torch.Generator().manual_seed(0))
-    shares = drawn.bincount(minlength=5)[1:] / len(drawn)
-    expected = torch.tensor([0.75 + 0.25 / 4, *[0.25 / 4] * 3])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("pack_tokens", [None, 200])
+def test_nothing_but_themselves_sees_copies(make_model, build, family, pack_tokens):
+    """What has no copy gets the state, and the loss of the next one, that it has without any."""
+    make, _, _ = build
+    model = make_model(family, max_tokens=32)
+    states, losses = [], []
+    for changes in ({}, {"max_distance": 4, "far_share": 0.6}):
+        batch = make(pack_tokens=pack_tokens, **FIXED, **changes)
+        is_copy = torch.zeros_like(batch.is_audio)
+        is_copy[:, 1:] = batch.position_ids[:, 1:] == batch.position_ids[:, :-1]
+        if pack_tokens is not None:
+            is_copy[:, 1:] &= batch.segment_ids[:, 1:] == batch.segment_ids[:, :-1]
+        real = batch.predicts & ~is_copy
+        with torch.no_grad():
+            states.append(model.hidden_states(batch)[real])
+        ends = batch.target_is_end[~is_copy[batch.predicts]]
+        losses.append(batch.end_weight[~is_copy[batch.predicts]])
+        assert len(ends) == len(states[-1])
+    assert int(is_copy[batch.is_audio].sum()) > 10
+    torch.testing.assert_close(states[1], states[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(losses[1], losses[0])
+
+
+def test_a_share_of_the_elements_has_a_copy():
+    config = MaskingConfig(max_distance=4, far_share=0.25)
+    drawn = sample_far(config, 40_000, torch.Generator().manual_seed(0))
+    shares = drawn.bincount(minlength=5) / len(drawn)
+    expected = torch.tensor([0.75, 0.0, *[0.25 / 3] * 3])
     torch.testing.assert_close(shares, expected, rtol=0, atol=0.01)
-    assert sample_distances(MaskingConfig(), 9, torch.Generator()).tolist() == [1] * 9
+    assert sample_far(MaskingConfig(), 9, torch.Generator()) is None
 
 
 def test_audiomar_predicts_masked_latents_at_their_own_places(build):

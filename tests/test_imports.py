@@ -16,7 +16,7 @@ SERVING = ROOT / "integrations" / "vllm" / "mllm_audio_vllm"
 # Lowest first. A folder stands for every module in it; modules of one folder may import each other.
 LAYERS = [
     {"types", "config"},
-    {"wav", "diffusion", "files", "hardware", "quiet"},
+    {"attention", "wav", "diffusion", "files", "hardware", "quiet"},
     {"tokenizers", "conditioners", "backbone", "heads", "int8", "masking", "text", "weights"},
     {"modality", "adapter", "pretrained", "data", "evaluation", "listening"},
     {"folder"},

@@ -25,14 +25,20 @@ CONFIG = GenerationConfig(num_inference_steps=3, guidance_scale=3.0, seconds=0.6
 
 
 def reference(model, special, text, latents, first, index):
-    """Run the training layout up to latent `first` - 1, which predicts latent `index`: (2, H)."""
-    distances = torch.ones(1 + first, dtype=torch.long)
-    distances[-1] = index - first + 1
-    row = [text, Audio(latents, torch.arange(first), distances=distances, next_kept=False)]
+    """Run the training layout up to latent `first` - 1, which predicts latent `index`: (2, H).
+
+    Where that is not the next one, a copy of it does; others are asked for the one after it, so
+    that what is compared does not see them.
+    """
+    far = torch.arange(1 + first) % 2 * 2
+    far[-1] = 0 if index == first else index - first + 1
+    row = [text, Audio(latents, torch.arange(first), far=far, next_kept=False)]
     rows = collate([row, row], ["c", "u"], special, unconditional=[False, True])
     with torch.no_grad():
-        hidden = backbones.run(model.backbone, model.embed(rows), rows.position_ids)
-    return hidden[:, len(text.input_ids) + first]
+        hidden = model.hidden_states(rows)
+    last = len(text.input_ids) + first + int((far > 0).sum())
+    assert rows.predicts[:, last].all() and not rows.predicts[:, last + 1 :].any()
+    return hidden[:, last]
 
 
 def check_against_reference(model, tokenizer, special, tokens_per_step, steps=3):

@@ -22,7 +22,7 @@ from mllm_audio.data.layout import Audio, Prompt, Row, Text, collate
 from mllm_audio.data.prefetch import prefetched
 from mllm_audio.masking import (
     MaskingConfig,
-    sample_distances,
+    sample_far,
     sample_kept_positions,
     sample_known_positions,
     sample_ratio,
@@ -257,7 +257,7 @@ class TrainingData:
         kept = sample_kept_positions(num_tokens, ratio, generator)
         part = replace(part, next_kept=masking.next_kept)
         if masking.hidden == "drop":
-            return replace(part, kept=kept, distances=self._distances(kept, generator))
+            return replace(part, kept=kept, far=self._far(kept, generator))
         assert self.statistics is not None
         mean, std = self.statistics  # (D,) each
         noise = torch.zeros_like(part.latents)  # (N, D)
@@ -266,11 +266,11 @@ class TrainingData:
         heard = mean + std * noise  # (N, D)
         heard[kept] = part.latents[kept]
         every = torch.arange(num_tokens)
-        return replace(part, kept=every, heard=heard, distances=self._distances(every, generator))
+        return replace(part, kept=every, heard=heard, far=self._far(every, generator))
 
-    def _distances(self, kept: Tensor, generator: torch.Generator) -> Tensor:
-        """Choose what the start and each of (K,) kept latents predict: (K + 1,)."""
-        return sample_distances(self.masking, 1 + len(kept), generator)
+    def _far(self, kept: Tensor, generator: torch.Generator) -> Tensor | None:
+        """Choose what copies of the start and of each of (K,) kept latents predict: (K + 1,)."""
+        return sample_far(self.masking, 1 + len(kept), generator)
 
 
 def prompt_ids(text_tokenizer: PreTrainedTokenizerBase, caption: str) -> Tensor:

@@ -43,8 +43,9 @@ class Audio:
     announced: bool = False  # the model learns to open the span, after text that it says
     heard: Tensor | None = None  # (K, D), what stands at the kept positions; None: their latents
     next_kept: bool = True  # each predicts the next kept one; false: the immediate next
-    # (K + 1,) int64, which of the next ones the start and each kept latent predict; None: the first
-    distances: Tensor | None = None
+    # (K + 1,) int64: a copy behind the start and each kept latent predicts the so-many-th next one,
+    # as `generation/parallel.py` asks it; 0 or None: no copy
+    far: Tensor | None = None
     own: bool = False  # all positions stay; those that are not kept predict their own latent
 
 
@@ -108,6 +109,7 @@ def collate(
         **values,
         segment_ids=segments,
         prompts=stacked([part for row in rows for part in row if isinstance(part, Prompt)]),
+        has_copies=any(span.far is not None for span in spans),
         masking_ratio=masking_ratio,
         names=tuple(names),
         num_elements=sum(lengths),
@@ -189,8 +191,7 @@ class _Layout:
 
         Nothing is learned where the text is not there to be continued.
         """
-        pieces: list[dict[str, Tensor]] = []
-        position = 0
+        pieces, position = list[dict[str, Tensor]](), 0
         for index, part in enumerate(row):
             if isinstance(part, Text):
                 pieces.append(self.text(part, position, unconditional))
@@ -254,47 +255,46 @@ class _Layout:
     ) -> dict[str, Tensor]:
         """Lay out start, kept latents and, where something follows, the end.
 
-        The start and each kept latent predict the next kept one, or the immediate next, or with
-        `distances` one behind it; the end is target position N, beyond it there is none.
+        The start and each kept latent predict the next kept one, or the immediate next, and their
+        copies one behind it; the end is target position N, beyond it there is none.
         """
         num_tokens, num_kept = len(part.latents), len(part.kept)
-        length = 1 + num_kept + int(closed)
+        heard = part.latents[part.kept] if part.heard is None else part.heard
         # Start, kept latents, end: at 0, 1 + content position, N + 1 from where the span begins.
         places = torch.cat([torch.tensor([-1]), part.kept, torch.tensor([num_tokens])])
-        input_ids = torch.full((length,), self.special.audio)
-        input_ids[0] = self.special.audio_start
-        if closed:
-            input_ids[-1] = self.special.audio_end
-        no = torch.zeros(length, dtype=torch.bool)
-        is_audio, predicts, learned = no.clone(), no.clone(), no.clone()
-        is_audio[1 : 1 + num_kept] = True
-        learned[0] = part.announced and not unconditional
         ones = torch.ones(1 + num_kept, dtype=torch.long)
-        distances = ones if part.distances is None else part.distances
-        targets = places[:-1] + distances
-        if part.next_kept:
-            numbers = torch.arange(1 + num_kept) + distances
-            targets = F.pad(places, (0, 1), value=num_tokens + 1)[numbers.clamp(max=num_kept + 2)]
-        is_target = (targets < num_tokens) | (self.end_of_audio & (targets == num_tokens))
-        is_target &= part.learned
-        predicts[: len(targets)] = is_target
+        far = 0 * ones if part.far is None else part.far
+        # Those that predict by their number, 0 for the start; a copy has that of its original.
+        number = torch.arange(1 + num_kept).repeat_interleave(1 + (far > 0).long())
+        is_copy = F.pad(number, (1, 0), value=-1)[:-1] == number
+        distance = torch.where(is_copy, far[number], 1)
+        ahead = (number + distance).clamp(max=num_kept + 2)
+        kept_next = F.pad(places, (0, 1), value=num_tokens + 1)[ahead]
+        targets = kept_next if part.next_kept else places[number] + distance
+        is_target = part.learned & (targets < num_tokens + int(self.end_of_audio))
         targets = targets[is_target]
-        target_latents = F.pad(part.latents, (0, 0, 0, 1))[targets]
-        weight = torch.ones(len(is_target))  # masking leaves these as frequent as they were
+        weight = torch.ones(len(number))  # masking leaves these as frequent as they were
         if part.next_kept:
-            weight = end_weights(num_tokens, part.kept, self.masking_ratio, distances)
+            for asked in (ones,) if part.far is None else (ones, far.clamp(min=1)):
+                weights = end_weights(num_tokens, part.kept, self.masking_ratio, asked)
+                weight = torch.where(distance == asked[number], weights[number], weight)
+        is_audio, end = number > 0, torch.zeros(int(closed), dtype=torch.bool)
+        input_ids = torch.where(is_audio, self.special.audio, self.special.audio_start)
+        no = torch.zeros(len(number) + len(end), dtype=torch.bool)
+        learned = F.pad(no[1:], (1, 0), value=part.announced and not unconditional)
+        positions = torch.cat([places[number], places[-1:]]) + (position + 1)
         return {
-            "input_ids": input_ids,
-            "position_ids": places[:length] + (position + 1),
+            "input_ids": F.pad(input_ids, (0, len(end)), value=self.special.audio_end),
+            "position_ids": positions[: len(no)],
             "is_null": no,
-            "is_audio": is_audio,
+            "is_audio": torch.cat([is_audio, end]),
             "is_prompt": no,
-            "predicts": predicts,
+            "predicts": torch.cat([is_target, end]),
             "learned": learned,
-            "latents": part.latents[part.kept] if part.heard is None else part.heard,
-            "content_positions": part.kept,
+            "latents": heard[number[is_audio] - 1],
+            "content_positions": part.kept[number[is_audio] - 1],
             "target_positions": targets,
-            "target_latents": target_latents,
+            "target_latents": F.pad(part.latents, (0, 0, 0, 1))[targets],
             "target_is_end": targets == num_tokens,
             "end_weight": weight[is_target],
         }

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
 
-from mllm_audio.backbone import windowed
+from mllm_audio.attention import windowed
 from mllm_audio.data.layout import IGNORED
 from mllm_audio.diffusion.noise import Noise
 from mllm_audio.generation.cache import Slots, buffered_cache, fixable, forget, holds_all
