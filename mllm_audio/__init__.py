@@ -15,6 +15,7 @@ _HOMES = {
     "Clip": "mllm_audio.types",
     "GenerationConfig": "mllm_audio.generation.decode",
     "RunConfig": "mllm_audio.presets",
+    "StreamConfig": "mllm_audio.tokenizers",
     "TextConfig": "mllm_audio.generation.text",
     "TextDelta": "mllm_audio.types",
     "Voice": "mllm_audio.generation.voice",

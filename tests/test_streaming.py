@@ -7,7 +7,7 @@ import torch
 from test_tokenizers import noise, write_random_audioldm
 
 from mllm_audio.generation.stream import StreamingDecoder
-from mllm_audio.tokenizers import DCTConfig, DCTTokenizer, load_tokenizer
+from mllm_audio.tokenizers import DCTConfig, DCTTokenizer, StreamConfig, load_tokenizer
 from mllm_audio.tokenizers.dct import DCTDecoder
 from mllm_audio.tokenizers.griffin_lim import GriffinLim
 from mllm_audio.tokenizers.windows import WindowedDecoder
@@ -244,12 +244,43 @@ def test_a_seam_is_faded():
     assert found.max() == 3
 
 
-@pytest.mark.parametrize("settings", [(0, 1), (1, -1)])
-def test_windows_without_a_chunk_are_refused(audioldm, settings):
-    with pytest.raises(
-        ValueError, match=f"chunk_columns={settings[0]}, .*look_ahead={settings[1]}"
-    ):
-        audioldm.stream(*settings)
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"chunk_columns": 0}, "stream.chunk_columns=0"),
+        ({"look_ahead": -1}, "stream.look_ahead=-1"),
+    ],
+)
+def test_windows_without_a_chunk_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        StreamConfig(**settings)
+
+
+@pytest.mark.parametrize("chunk_columns", [1, 3, 4])
+@pytest.mark.parametrize("look_ahead", [None, 0, 2])
+def test_dct_hands_out_chunks_of_the_size_asked_for(chunk_columns, look_ahead):
+    tokenizer = DCTTokenizer()
+    latents = latents_of(tokenizer, 10)
+    config = StreamConfig(chunk_columns=chunk_columns, look_ahead=look_ahead)
+    decoder = StreamingDecoder(tokenizer, config)
+    sizes = [len(part) for part in stream(decoder, latents.split(TOKENS))]
+    ahead = 1 if look_ahead is None else look_ahead
+    first = next(index for index, size in enumerate(sizes, 1) if size)
+    assert first == -(-(1 + ahead) // chunk_columns) * chunk_columns
+    handed = [size for size in sizes[first:-1] if size]
+    assert set(handed) == {chunk_columns * COLUMN} and sum(sizes) == 10 * COLUMN
+    other = torch.cat(stream(StreamingDecoder(tokenizer, config), latents.split(7)))
+    found = torch.cat(stream(StreamingDecoder(tokenizer, config), latents.split(TOKENS)))
+    assert torch.equal(other, found)  # however they are portioned
+    own = DCTTokenizer(DCTConfig(look_ahead=ahead))
+    assert torch.equal(found, own.decode(latents[None])[0])
+
+
+def test_audioldm_takes_its_chunk_and_look_ahead_from_the_settings(audioldm):
+    latents = latents_of(audioldm, 8)
+    decoder = StreamingDecoder(audioldm, StreamConfig(chunk_columns=3, look_ahead=1))
+    sizes = [len(part) // COLUMN for part in stream(decoder, latents.split(TOKENS))]
+    assert sizes == [0, 0, 0, 3, 0, 0, 3, 0, 2]
 
 
 def test_audioldm_stream_is_decode_where_a_window_holds_the_clip(audioldm):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mllm_audio.generation.interleaved import SpanLatents
-from mllm_audio.tokenizers import AudioTokenizer
+from mllm_audio.tokenizers.base import AS_RECOMMENDED, AudioTokenizer, StreamConfig
 from mllm_audio.types import AudioChunk, Clip, TextDelta
 
 
@@ -20,10 +20,10 @@ class StreamingDecoder:
     long the span. It has no thread of its own, and one thread may use it at a time.
     """
 
-    def __init__(self, tokenizer: AudioTokenizer) -> None:
+    def __init__(self, tokenizer: AudioTokenizer, config: StreamConfig = AS_RECOMMENDED) -> None:
         """Begin a span."""
         self._tokenizer = tokenizer
-        self._decoder = tokenizer.stream()
+        self._decoder = tokenizer.stream(config)
         self._waiting = torch.zeros(0, tokenizer.latent_dim)  # (M, D) of an incomplete column
         self._any = False  # column was complete
         self._finished = False
@@ -87,6 +87,7 @@ class SpanDecoder:
         index: int = 0,
         given: Tensor | None = None,
         seconds: float | None = None,
+        config: StreamConfig = AS_RECOMMENDED,
     ) -> None:
         """Begin a span.
 
@@ -95,8 +96,9 @@ class SpanDecoder:
             index: of the span in the reply.
             given: (N, D) latents that it goes on from; their sound is not told again.
             seconds: its exact duration, `given` counted; None: as long as its latents last.
+            config: chunks and look-ahead.
         """
-        self._decoder, self._index = StreamingDecoder(tokenizer), index
+        self._decoder, self._index = StreamingDecoder(tokenizer, config), index
         self._given = given = torch.zeros(0, tokenizer.latent_dim) if given is None else given
         self._sample_rate = tokenizer.sample_rate
         columns = len(given) // tokenizer.tokens_per_column
@@ -134,7 +136,10 @@ class SpanDecoder:
 
 
 def tell_audio(
-    events: Iterable[TextDelta | SpanLatents], tokenizer: AudioTokenizer, seconds: float | None
+    events: Iterable[TextDelta | SpanLatents],
+    tokenizer: AudioTokenizer,
+    seconds: float | None,
+    config: StreamConfig = AS_RECOMMENDED,
 ) -> Iterator[TextDelta | AudioChunk]:
     """Decode the spans of a reply while they come.
 
@@ -142,13 +147,14 @@ def tell_audio(
         events: of the reply.
         tokenizer: of the model.
         seconds: exact duration of each span; None: as long as its latents last.
+        config: chunks and look-ahead.
     """
     decoder: SpanDecoder | None = None
     for event in events:
         if isinstance(event, TextDelta):
             yield event
             continue
-        decoder = decoder or SpanDecoder(tokenizer, event.index, event.given, seconds)
+        decoder = decoder or SpanDecoder(tokenizer, event.index, event.given, seconds, config)
         if event.last:
             chunk, decoder = decoder.finish(), None
         else:

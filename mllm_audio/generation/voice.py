@@ -29,7 +29,7 @@ from mllm_audio.generation.text import TextConfig
 from mllm_audio.model import AudioLanguageModel, default_device
 from mllm_audio.models import Model, load_model
 from mllm_audio.text import SpecialIds
-from mllm_audio.tokenizers.base import AudioTokenizer
+from mllm_audio.tokenizers.base import AS_RECOMMENDED, AudioTokenizer, StreamConfig
 from mllm_audio.types import AudioChunk, Clip, TextDelta
 
 
@@ -191,12 +191,11 @@ class Voice:
         *,
         seed: int = 0,
         continue_final_message: bool = False,
-        stream_audio: bool = False,
+        stream_audio: bool | StreamConfig = False,
     ) -> Iterator[TextDelta | AudioChunk]:
         """Reply to a conversation with text, and with audio wherever the model opens a span.
 
-        Text comes as it is chosen, audio a whole span at a time. The reply is a function of the
-        arguments alone.
+        Text comes as it is chosen, audio by the span; all of it is a function of the arguments.
 
         Args:
             messages: `Message`s, or the same in Hugging Face's form, see `parse_messages`. Audio is
@@ -207,7 +206,7 @@ class Voice:
             continue_final_message: go on with the last message, the assistant's. Where it ends in
                 audio the recording itself goes on: its chunk holds the new sound alone, while
                 durations in `config` count all of it. No chunk comes where nothing is added.
-            stream_audio: give audio in chunks while its span is generated.
+            stream_audio: give audio in chunks while its span is generated, of this size.
 
         Raises:
             ValueError: at once, if the messages cannot be written or heard, or leave no room for a
@@ -232,9 +231,10 @@ class Voice:
             open_span=continue_final_message and isinstance(row[-1], Audio),
         )
         events, tokenizer = reply.events(), self.audio_tokenizer
-        if stream_audio:
-            return tell_audio(events, tokenizer, config.seconds)
-        return tell_whole_spans(events, tokenizer, partial(self.to_clip, config=config))
+        if stream_audio is False:
+            return tell_whole_spans(events, tokenizer, partial(self.to_clip, config=config))
+        streaming = AS_RECOMMENDED if stream_audio is True else stream_audio
+        return tell_audio(events, tokenizer, config.seconds, streaming)
 
     def reply(
         self,
@@ -270,7 +270,12 @@ class Voice:
         return hear(audio, self.audio_tokenizer, self.model.audio.config)
 
     def stream(
-        self, caption: str, config: GenerationConfig | None = None, *, seed: int = 0
+        self,
+        caption: str,
+        config: GenerationConfig | None = None,
+        *,
+        seed: int = 0,
+        streaming: StreamConfig = AS_RECOMMENDED,
     ) -> Iterator[AudioChunk]:
         """Generate the clip of a caption, and give its sound while it is generated.
 
@@ -280,6 +285,7 @@ class Voice:
             caption: description of the sound.
             config: overrides the checkpoint's defaults.
             seed: of the noise.
+            streaming: size of chunks, and how many columns wait for later ones.
 
         Raises:
             ValueError: as `generate`; and for AudioMAR, which decodes in no order of time.
@@ -288,7 +294,7 @@ class Voice:
             raise ValueError("AudioMAR decodes in no order of time; use generate")
         config = config or self.defaults
         prompts, special = self.prompts([caption], config), SpecialIds.of(self.text_tokenizer)
-        decoder = SpanDecoder(self.audio_tokenizer, seconds=config.seconds)
+        decoder = SpanDecoder(self.audio_tokenizer, seconds=config.seconds, config=streaming)
         steps = decode(self.decoder, prompts, special, [seed], config)
         yield from filter(None, (decoder.push(step.latents.cpu()) for step in steps))
         yield from filter(None, [decoder.finish()])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from mllm_audio.tokenizers.audioldm import AudioLDMTokenizer
-from mllm_audio.tokenizers.base import AudioTokenizer, ColumnDecoder, num_columns
+from mllm_audio.tokenizers.base import AudioTokenizer, ColumnDecoder, StreamConfig, num_columns
 from mllm_audio.tokenizers.dct import DCTConfig, DCTTokenizer
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "ColumnDecoder",
     "DCTConfig",
     "DCTTokenizer",
+    "StreamConfig",
     "load_tokenizer",
     "num_columns",
 ]

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mllm_audio.tokenizers import mel
+from mllm_audio.tokenizers.base import AS_RECOMMENDED, StreamConfig
 from mllm_audio.tokenizers.windows import WindowedDecoder
 
 PATCH_SIZE = 4  # VAE latent frames, and bands, of one token
@@ -142,20 +143,20 @@ class AudioLDMTokenizer:
             if network is not None:
                 network.to(dtype=dtype, memory_format=layout)
 
-    def stream(self, chunk_columns: int = 2, look_ahead: int = 2) -> WindowedDecoder:
+    def stream(self, config: StreamConfig = AS_RECOMMENDED) -> WindowedDecoder:
         """Begin to decode latents that arrive in time; the samples are near those of `decode`.
 
-        Columns are handed out `chunk_columns` at a time, each chunk once `look_ahead` more have
-        come: windows of `decode_context` + `chunk_columns` + `look_ahead` columns.
+        Windows are `decode_context` columns, the chunk's and those ahead: by default 4, 2 and 2.
         """
+        chunk_columns, look_ahead = config.chunk_columns, config.look_ahead
         return WindowedDecoder(
             self.decode,
             tokens_per_column=self.tokens_per_column,
             samples_per_column=self.samples_per_column,
             sample_rate=self.sample_rate,
-            chunk_columns=chunk_columns,
+            chunk_columns=2 if chunk_columns is None else chunk_columns,
             context=self.decode_context,
-            look_ahead=look_ahead,
+            look_ahead=2 if look_ahead is None else look_ahead,
         )
 
 

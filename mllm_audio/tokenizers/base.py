@@ -3,10 +3,29 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from mllm_audio.config import check_range
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamConfig:
+    """How sound is decoded while its latents arrive; None is what the tokenizer recommends."""
+
+    chunk_columns: int | None = None  # that samples are handed out by, but for the last
+    look_ahead: int | None = None  # columns that must have come behind those handed out
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        check_range("stream", self, 1, 10_000, "chunk_columns")
+        check_range("stream", self, 0, 10_000, "look_ahead")
+
+
+AS_RECOMMENDED = StreamConfig()
 
 
 class ColumnDecoder(Protocol):
@@ -59,7 +78,7 @@ class AudioTokenizer(Protocol):
     def decode_in(self, dtype: torch.dtype) -> None:
         """Hold the weights that decode in `dtype`; samples stay float32, encoding does too."""
 
-    def stream(self) -> ColumnDecoder:
+    def stream(self, config: StreamConfig = AS_RECOMMENDED) -> ColumnDecoder:
         """Begin to decode latents that arrive in time."""
 
 

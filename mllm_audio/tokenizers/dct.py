@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mllm_audio.tokenizers import mel
-from mllm_audio.tokenizers.base import num_columns
+from mllm_audio.tokenizers.base import AS_RECOMMENDED, StreamConfig, num_columns
 from mllm_audio.tokenizers.griffin_lim import GriffinLim
 
 
@@ -104,12 +104,13 @@ class DCTTokenizer:
     def decode_in(self, dtype: torch.dtype) -> None:
         """Change nothing: there are no weights, and Griffin-Lim needs float32."""
 
-    def stream(self) -> DCTDecoder:
+    def stream(self, config: StreamConfig = AS_RECOMMENDED) -> DCTDecoder:
         """Begin to decode latents that arrive in time.
 
-        The samples are those of `decode` of as many rows, bit for bit.
+        The samples are those of `decode` of as many rows, bit for bit, unless `look_ahead` is
+        another than the tokenizer's own.
         """
-        return DCTDecoder(self)
+        return DCTDecoder(self, config)
 
     def decode_log_mel(self, latents: Tensor) -> Tensor:
         """Decode (B, N, D) latents to the (B, F, 64) log-mel they stand for.
@@ -144,13 +145,15 @@ class DCTTokenizer:
 class DCTDecoder:
     """Columns of latents to samples; see `ColumnDecoder`."""
 
-    def __init__(self, tokenizer: DCTTokenizer) -> None:
+    def __init__(self, tokenizer: DCTTokenizer, streaming: StreamConfig) -> None:
         """Begin a clip, or a batch of them."""
-        config = tokenizer.config
+        config, look_ahead = tokenizer.config, streaming.look_ahead
         self._tokenizer = tokenizer
+        self._chunk = streaming.chunk_columns or 1
+        self._waiting: list[Tensor] = []  # columns of an incomplete chunk
         self._griffin_lim = GriffinLim(
             num_iterations=config.num_iterations,
-            look_ahead=config.look_ahead,
+            look_ahead=config.look_ahead if look_ahead is None else look_ahead,
             momentum=config.momentum,
             seed=config.seed,
         )
@@ -159,13 +162,20 @@ class DCTDecoder:
         """Take (B, N, D) latents of whole columns; return the (B, S) samples they settle."""
         self._tokenizer.check(latents)
         # One column at a time however many there are: rounding depends on shapes.
-        columns = latents.split(self._tokenizer.tokens_per_column, dim=1)
-        log_mels = (self._tokenizer.decode_log_mel(column) for column in columns)
-        return torch.cat([self._griffin_lim.push(log_mel) for log_mel in log_mels], dim=1)
+        columns = [*self._waiting, *latents.split(self._tokenizer.tokens_per_column, dim=1)]
+        whole = len(columns) - len(columns) % self._chunk
+        self._waiting = [column.clone() for column in columns[whole:]]
+        nothing = latents.new_zeros(len(latents), 0, dtype=torch.float32)
+        return torch.cat([nothing, *map(self._settled, columns[:whole])], dim=1)
 
     def finish(self) -> Tensor:
         """Return the (B, S) samples that are left."""
-        return self._griffin_lim.finish()
+        rest = [self._settled(column) for column in self._waiting]
+        return torch.cat([*rest, self._griffin_lim.finish()], dim=1)
+
+    def _settled(self, column: Tensor) -> Tensor:
+        """Go on by one column, (B, N, D); return the samples that it settles."""
+        return self._griffin_lim.push(self._tokenizer.decode_log_mel(column))
 
 
 def dct_matrix(size: int) -> Tensor:
