@@ -95,7 +95,7 @@ def read_run(run: Path) -> RunConfig:
         )
     audio = read_audio_config(run)
     values = read_json(run / RUN_FILE, f"expected that of the run that made {run}; restore it")
-    if FACT in values:
+    if audio.guidance_distilled:
         raise ValueError(
             f"{run} is distilled already and has no unconditional branch; type the run that it "
             "was distilled from"
@@ -131,6 +131,7 @@ def settings(teacher: RunConfig, guidance: GenerationConfig, overrides: Sequence
     """
     made = replace(
         teacher,
+        audio=replace(teacher.audio, guidance_distilled=True),
         # Nothing is masked, and every row goes through both branches.
         masking=replace(teacher.masking, schedule="ntp"),
         data=replace(teacher.data, unconditional_share=0.0, replay_share=0.0),
@@ -200,6 +201,7 @@ def load_student(run: Path, guidance: GenerationConfig, defaults: GenerationConf
     _, longest = token_limits(model.audio.config, guidance)  # as decoding counts a span
     scales = [guidance.scale_at(position, longest) for position in range(longest)]
     model.begin(torch.tensor(scales))
+    model.audio.config = replace(model.audio.config, guidance_distilled=True)
     assert model.text_tokenizer is not None
     audio_tokenizer = load_audio_tokenizer(model.audio.config, run)
     return Voice(model, model.text_tokenizer, audio_tokenizer, defaults)

@@ -46,6 +46,8 @@ class AudioConfig:
     channel_weight_exponent: float = (
         0.0  # loss weight of a channel = its std to this power; 0 = the paper
     )
+    # The head was trained on guided predictions and knows no unconditional branch.
+    guidance_distilled: bool = False
     # Of content and target positions, beside latents embedded with deviation 1 (beside a trained
     # backbone, that of its text embeddings); larger learns them sooner.
     position_init_std: float = 0.02

@@ -238,6 +238,8 @@ def test_the_folder_differs_from_its_teacher_in_the_guidance_alone(runs):
     teacher, student = (asdict(Voice.load(run).defaults) for run in runs)
     assert student == {**teacher, "guidance_scale": 1.0, "guidance_weight": None}
     configs = [json.loads((run / "config.json").read_text()) for run in runs]
+    assert configs[1]["audio"].pop("guidance_distilled")
+    assert not configs[0]["audio"].pop("guidance_distilled")
     assert configs[0] == configs[1]
     values = json.loads((runs[1] / "run.json").read_text())
     assert values["distilled_guidance"] == {
@@ -246,6 +248,14 @@ def test_the_folder_differs_from_its_teacher_in_the_guidance_alone(runs):
         "guidance_schedule": "annealed",
     }
     assert values["train"]["batch_size"] == 4
+
+
+def test_a_distilled_folder_refuses_guidance(runs):
+    student = Voice.load(runs[1])
+    for changes in ({"guidance_scale": 3.0}, {"guidance_weight": 1.0}):
+        with pytest.raises(ValueError, match=r"distilled into the head .* leave --guidance"):
+            student.generate(["a low beep"], replace(student.defaults, **changes))
+    assert len(student.generate(["a low beep"])) == 1
 
 
 def test_without_text_a_batch_is_the_unconditional_one(flow_runs, prepared):

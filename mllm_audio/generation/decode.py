@@ -143,7 +143,7 @@ def token_limits(audio: AudioConfig, config: GenerationConfig) -> tuple[int, int
     """Turn the duration settings into (fewest, most) latents, whole columns.
 
     Raises:
-        ValueError: if the model cannot make a clip that long.
+        ValueError: if the model cannot make a clip that long, or so guided.
     """
 
     def tokens(seconds: float) -> int:
@@ -155,6 +155,11 @@ def token_limits(audio: AudioConfig, config: GenerationConfig) -> tuple[int, int
         raise ValueError(
             f"asked for {config.seconds or config.max_seconds} s, this model makes at most "
             f"{audio.max_seconds:g} s; lower --seconds, or train with a larger audio.max_tokens"
+        )
+    if audio.guidance_distilled and config.is_guided(longest):
+        raise ValueError(
+            "found guidance, but it is distilled into the head of this model, which has no other "
+            "branch; leave --guidance-scale and --guidance-weight out"
         )
     fewest = longest if config.seconds else min(tokens(config.min_seconds), longest)
     return fewest, longest
