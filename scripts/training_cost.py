@@ -26,14 +26,14 @@ def main() -> None:
     ratios = sorted({float(ratio) for _, _, ratio in timed})
     if 0.0 not in ratios:
         parser.error(f"{arguments.figures} has ratios {ratios}, expected 0 among them; type them")
-    dtype = timed[0][0]  # the first, of which there may be others
-    keys = {"measured": "seconds", "counted": "flops"}
+    dtypes = list(dict.fromkeys(dtype for dtype, _, _ in timed))
+    keys = {f"measured, {dtype}": (dtype, "seconds") for dtype in dtypes}
     lines = {
         title: [
             Point(1 - r, figures[f"{dtype}.ratio.{r:g}.{key}"] / figures[f"{dtype}.ratio.0.{key}"])
             for r in ratios
         ]
-        for title, key in keys.items()
+        for title, (dtype, key) in {**keys, "counted": (dtypes[0], "flops")}.items()
     }
     lines["1 - r"] = [Point(1 - r, 1 - r) for r in ratios]
     text = chart(
