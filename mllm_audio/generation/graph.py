@@ -50,7 +50,8 @@ def capture_on(device: torch.device) -> Capture | None:
 def _cuda_graph(step: Callable[[], None]) -> Callable[[], None]:
     """Capture the kernels of `step`, which do not run yet."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # Other threads, which decode sound, may use the device meanwhile.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         step()
     return graph.replay
 
