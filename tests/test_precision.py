@@ -44,6 +44,18 @@ def test_int8_holds_the_matrices_of_blocks_and_head_and_no_others(make_model, fa
     assert torch.equal(before, model.text_logits(model.embed_text(text_ids)))  # tables as before
 
 
+def test_columns_of_gpt2s_weights_lie_together_and_are_saved_as_before(make_model, tmp_path):
+    model = make_model("gpt2")
+    cast(model, "bfloat16")
+    weight = model.backbone.transformer.h[0].mlp.c_fc.weight
+    assert weight.t().is_contiguous() and not weight.is_contiguous()
+    plain = torch.nn.functional.linear(torch.ones(3, weight.shape[0]).bfloat16(), weight.t())
+    assert torch.equal(plain, torch.ones(3, weight.shape[0]).bfloat16() @ weight.contiguous())
+    model.save_pretrained(tmp_path)
+    saved = type(model).from_pretrained(tmp_path).backbone.transformer.h[0].mlp.c_fc.weight
+    assert torch.equal(saved.to(weight.dtype), weight)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("has_bf16", [True, False])
 def test_latents_are_decoded_in_bfloat16_where_the_machine_computes_in_it(
