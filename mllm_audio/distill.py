@@ -95,7 +95,7 @@ def read_run(run: Path) -> RunConfig:
         )
     audio = read_audio_config(run)
     values = read_json(run / RUN_FILE, f"expected that of the run that made {run}; restore it")
-    if audio.guidance_distilled:
+    if audio.guidance_distilled or FACT in values:
         raise ValueError(
             f"{run} is distilled already and has no unconditional branch; type the run that it "
             "was distilled from"

@@ -142,7 +142,13 @@ def sample_far(config: MaskingConfig, count: int, generator: torch.Generator) ->
     if config.max_distance == 1:
         return None
     far = torch.randint(2, config.max_distance + 1, (count,), generator=generator)
-    return far * (torch.rand(count, generator=generator) < config.far_share)
+    copied = torch.randperm(count, generator=generator)[: num_copies(config, count)]
+    return torch.zeros_like(far).index_copy(0, copied, far[copied])
+
+
+def num_copies(config: MaskingConfig, count: int) -> int:
+    """Count the copies of `count` elements."""
+    return round(config.far_share * count) if config.max_distance > 1 else 0
 
 
 def end_weights(num_tokens: int, kept: Tensor, ratio: float, distances: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from statistics import mean
 from mllm_audio.costs import STAGES, activation_bytes, sent_bytes, state_bytes
 from mllm_audio.hardware import GPU, get_gpu
 from mllm_audio.info import count_components, sketch, text_side
-from mllm_audio.masking import SCHEDULES, MaskingConfig, num_kept
+from mllm_audio.masking import SCHEDULES, MaskingConfig, num_copies, num_kept
 from mllm_audio.model import AudioLanguageModel
 from mllm_audio.presets import PRESETS, RunConfig
 from mllm_audio.training.flops import ModelFlops, model_flops
@@ -56,16 +56,22 @@ def lowest(masking: MaskingConfig) -> float:
     return masking.scale * min(schedule(i / points) for i in range(points))
 
 
+def kept_latents(config: RunConfig, ratio: float) -> int:
+    """Count the places of a clip's latents that stay at a masking ratio."""
+    masked = config.masking.hidden == "drop"  # else masked latents keep theirs
+    return num_kept(config.audio.max_tokens, ratio if masked else 0.0)
+
+
 def row_counts(config: RunConfig, ratio: float, rows: int, caption_tokens: int) -> StepCounts:
     """Count what `rows` captioned clips of full length hold at a masking ratio."""
-    masked = config.masking.hidden == "drop"  # else masked latents keep their places
-    kept = num_kept(config.audio.max_tokens, ratio if masked else 0.0)
+    kept = kept_latents(config, ratio)
+    copies = num_copies(config.masking, 1 + kept)
     prompt = config.audio.prompt_length or caption_tokens
     return StepCounts(
         rows=rows,
-        elements=rows * (prompt + 1 + kept),  # 1: the start of the audio
-        latents=rows * kept,
-        targets=rows * (kept + config.audio.end_of_audio),
+        elements=rows * (prompt + 1 + kept + copies),  # 1: the start of the audio
+        latents=rows * (kept + copies),
+        targets=rows * (kept + copies + config.audio.end_of_audio),
     )
 
 
@@ -133,8 +139,9 @@ def _time_lines(
     peak = given.gpus * 1e12 * gpu.bf16_tflops * given.mfu
     plain = mean(flops.step(counts) for counts in drawn)
     recomputed = mean(flops.step(counts, recompute=True) for counts in drawn)
-    kept = mean(counts.latents for counts in drawn) / batch
+    kept = mean(kept_latents(config, ratio) for ratio in quantiles(config.masking))
     prompt = 1 + (audio.prompt_length or given.caption_tokens)
+    elements = mean(counts.elements for counts in drawn) / batch
     clip_bytes = audio.max_tokens * audio.latent_dim * 2
     rate = batch * peak / plain
     run = _Run(
@@ -149,7 +156,7 @@ def _time_lines(
         f"{given.clips * clip_bytes / 2**30:.1f} GiB; read up to {rate:,.0f} clips/s, "
         f"{rate * clip_bytes / 1e9:,.3g} GB/s",
         f"masking   schedule {config.masking.schedule} keeps {kept / audio.max_tokens:.1%} of the "
-        f"latents: {kept + prompt:.0f} of {audio.max_tokens + prompt} elements a row on average",
+        f"latents: {elements:.0f} of {audio.max_tokens + prompt} elements a row on average",
         f"step      {plain / 1e15:,.3g} PFLOP: {run.seconds:.3g} s at {given.mfu:.0%} of "
         f"{given.gpus} {given.gpu} x {gpu.bf16_tflops:g} TFLOPS in bf16",
         f"training  {given.epochs:,} epochs = {run.steps:,} steps = {run.steps * plain:.3g} FLOP: "

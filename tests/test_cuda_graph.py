@@ -20,8 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mllm_audio.data.dataset import prompt_ids
 from mllm_audio.generation import graph
-from mllm_audio.generation.decode import GenerationConfig, decode
+from mllm_audio.generation.decode import GenerationConfig, audio_span, decode
 from mllm_audio.generation.precision import cast
+from mllm_audio.generation.rows import Rows
 from mllm_audio.text import SpecialIds
 
 CONFIG = GenerationConfig(num_inference_steps=3, guidance_scale=3.0, seconds=0.64)  # 16 latents
@@ -178,12 +179,47 @@ def test_a_step_that_cannot_be_captured_is_run(make_model, text_tokenizer, speci
     expected, _ = run(make_model(), text_tokenizer, special, CAPTIONS, [1, 2], CONFIG)
 
     def capture(step):
-        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+        """Fail as torch does: what ends a capture fails as well, and hides the reason."""
+        try:
+            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+        finally:
+            raise RuntimeError("failed due to a previous error during capture")
 
+    monkeypatch.setattr(graph, "_failed", set())
     monkeypatch.setattr(graph, "capture_on", lambda device: capture)
     with pytest.warns(UserWarning, match=r"capturing\), so .* MLLM_AUDIO_CUDA_GRAPH=0"):
         found, _ = run(make_model(), text_tokenizer, special, CAPTIONS, [1, 2], CONFIG)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert graph._failed == {torch.device("cpu")}
+
+
+@pytest.mark.parametrize("num_taken", [1, 4, 7])
+def test_a_span_that_is_left_half_way_leaves_rows_to_go_on_from(
+    make_model, text_tokenizer, special, num_taken, recorders, monkeypatch
+):
+    states = []
+    for capture_on in (graph.capture_on, lambda device: None):
+        monkeypatch.setattr(graph, "capture_on", capture_on)
+        model, ids = make_model(), prompt_ids(text_tokenizer, CAPTIONS[0])
+        with torch.inference_mode():
+            embeds = model.embed_text(ids[None]).repeat(2, 1, 1)
+            positions = torch.arange(len(ids)).repeat(2, 1)
+            mask = torch.ones_like(positions, dtype=torch.bool)
+            rows = Rows.begin(model, special, True, embeds, positions, mask)
+            rows.feed_id(special.audio_start)
+            steps = audio_span(rows, [3], CONFIG, 16)
+            for _ in range(num_taken):
+                latents = next(steps).latents[:, None]
+            steps.close()
+            assert rows.slots is None
+            if not states:  # with a graph, the latent that came last has been fed
+                assert replays(recorders) == num_taken - 1
+            else:
+                rows.feed_latents(latents, num_taken - 1, range(num_taken, num_taken + 1))
+            rows.feed_id(special.audio_end)
+        states.append((rows.hidden, rows.last_position))
+    assert states[0][1] == states[1][1]
+    torch.testing.assert_close(states[0][0], states[1][0], rtol=1e-4, atol=1e-4)
 
 
 def test_none_is_made_where_it_does_not_pay_or_steps_differ(
@@ -202,15 +238,20 @@ def test_none_is_made_where_it_does_not_pay_or_steps_differ(
 
 def test_they_are_made_on_cuda_unless_switched_off(monkeypatch):
     cuda = torch.device("cuda")
-    assert graph.capture_on(cuda) is graph._cuda_graph
+    assert graph.capture_on(cuda).func is graph._cuda_graph
     assert graph.capture_on(torch.device("cpu")) is None
     with graph.without_graphs():
         assert graph.capture_on(cuda) is None
+    assert graph.capture_on(cuda) is not None
+    monkeypatch.setattr(graph, "_failed", {cuda})
+    assert graph.capture_on(cuda) is None
+    monkeypatch.setattr(graph, "_failed", set())
     assert graph.capture_on(cuda) is not None
     monkeypatch.setenv(graph.SWITCH, "0")
     assert graph.capture_on(cuda) is None
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("tokens_per_step", [1, 4])
 @pytest.mark.parametrize("head", ["flow", "ddpm"])

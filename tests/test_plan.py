@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from statistics import NormalDist, mean
 
 import pytest
@@ -26,8 +27,8 @@ from mllm_audio.costs import (
 from mllm_audio.data.layout import Audio, Text, collate
 from mllm_audio.hardware import GPUS, find_gpu, get_gpu
 from mllm_audio.info import count_components, sketch
-from mllm_audio.masking import MaskingConfig
-from mllm_audio.plan import Assumptions, lowest, plan, quantiles
+from mllm_audio.masking import MaskingConfig, sample_far, sample_kept_positions
+from mllm_audio.plan import Assumptions, lowest, plan, quantiles, row_counts
 from mllm_audio.presets import get_preset
 from mllm_audio.training.ema import EMA
 from mllm_audio.training.flops import model_flops
@@ -95,6 +96,21 @@ def text_and_audio(special, rows: int, length: int, words: int, latents: int, **
         for _ in range(rows)
     ]
     return collate(made, [str(row) for row in range(rows)], special, **options)
+
+
+@pytest.mark.parametrize("max_distance", [1, 4])
+def test_rows_are_counted_with_their_copies(special, max_distance):
+    digits = get_preset("digits")
+    config = replace(digits, masking=replace(digits.masking, max_distance=max_distance))
+    counts = row_counts(config, 0.5, 1, 8)
+    generator = torch.Generator().manual_seed(0)
+    kept = sample_kept_positions(config.audio.max_tokens, 0.5, generator)
+    far = sample_far(config.masking, 1 + len(kept), generator)
+    row = [Text(torch.arange(8)), Audio(torch.randn(32, 128), kept, far=far)]
+    found = collate([row], ["row"], special, masking_ratio=0.5).counts
+    assert found.elements == counts.elements == 8 + (17 if max_distance == 1 else 17 + 8)
+    # Of copies near the end, some ask for the end and others for nothing.
+    assert 0 <= counts.targets - found.targets <= (0 if max_distance == 1 else 3)
 
 
 # Without padding: rows of a multiple of 8 elements, latents and words in multiples of 128.

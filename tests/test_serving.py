@@ -163,6 +163,14 @@ def test_grouped_heads_are_counted(tmp_path, name, base):
     assert (served.max_positions, served.values_per_token) == (128, 2 * 2 * 2 * 8)
 
 
+def test_a_head_with_guidance_in_it_gets_no_twin(checkpoint, changed):
+    assert check_checkpoint(checkpoint).has_twin
+    served = check_checkpoint(changed(audio={"guidance_distilled": True}))
+    assert not served.has_twin
+    command = plan_launch(ServeConfig(), served, CPU).command
+    assert '"guidance": false' in value(command, "--additional-config")
+
+
 def test_the_cache_holds_all_requests_twice_with_guidance():
     served = Served(folder=Path(), max_positions=1, values_per_token=GIB // 1024, conditioner=None)
     sized = {"tokens": 1024, "value_bytes": 4, "most": 100}

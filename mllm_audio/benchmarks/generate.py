@@ -20,7 +20,7 @@ from mllm_audio.benchmarks.subject import Subject, prompt_part
 from mllm_audio.benchmarks.timing import Stopwatch, forget_peak, middle, peak_memory
 from mllm_audio.data.layout import Prompt, stacked
 from mllm_audio.generation.decode import GenerationConfig, decode, token_limits
-from mllm_audio.generation.graph import capture_on, without_graphs
+from mllm_audio.generation.graph import capture_on, is_uniform, without_graphs
 from mllm_audio.generation.precision import cast, cast_decoder
 from mllm_audio.generation.voice import Voice
 from mllm_audio.text import SpecialIds
@@ -164,9 +164,12 @@ def _clip_figures(task: Task, subject: Subject, repetitions: int) -> dict[str, f
 
 
 def _is_graphed(task: Task) -> bool:
-    """Tell whether steps are decoded as graphs."""
-    model = task.voice.model
-    return not isinstance(model, AudioMAR) and capture_on(model.device) is not None
+    """Tell whether steps are decoded as graphs, if the backbone's cache can be fixed."""
+    model, count = task.voice.model, task.num_tokens
+    if isinstance(model, AudioMAR) or capture_on(model.device) is None:
+        return False
+    samplings = [task.config.sampling_at(index, count) for index in range(count)]
+    return is_uniform(samplings, task.config.tokens_per_step)
 
 
 def warm_up(task: Task) -> None:
@@ -213,7 +216,7 @@ def _lines(report: Report, subject: Subject, lengths: tuple[float, ...]) -> list
         f"and {figures['latents_per_second']:.3g} latents a second",
     ]
     if figures["watched.seconds"] != figures["seconds"]:
-        lines.append("graph     the parts are of steps without a graph, this of steps with one")
+        lines.append("graph     the parts are of steps without a graph, rtf is of steps with one")
     if "guidance.share" in figures:
         lines.append(
             f"guidance  {figures['guidance.share']:.0%} of backbone and head: "

@@ -249,7 +249,7 @@ def bench_train(preset: str, **options: Any) -> None:
 @click.option("--tokenizer", default="dct", show_default=True, help=TOKENIZER_HELP)
 @click.option("--seconds", type=float, default=10.24, show_default=True, help="Of each clip.")
 @click.option("--batch-size", type=COUNT, default=1, show_default=True, help="Clips at once.")
-@click.option("--dtype", default="float32", show_default=True, help="Of the weights, or bfloat16.")
+@click.option("--dtype", default="float32", show_default=True, help="Of the weights; or bfloat16.")
 @click.option("--stream", is_flag=True, help="Also decode column by column, as sound is streamed.")
 @with_options(MEASURED)
 def bench_decode(**options: Any) -> None:

@@ -19,16 +19,17 @@ class Slots:
     """Which of a number of slots that does not change are written, as tensors on the device."""
 
     start: Tensor  # () int64, the first that is free
-    written: Tensor  # (n,) int64, those of the elements that are fed now
+    written: Tensor | None = None  # (n,) int64, those of the elements that are fed now
 
     @classmethod
     def after(cls, length: int, device: torch.device) -> Slots:
         """Begin behind `length` elements."""
-        return cls(torch.full((), length, device=device), torch.arange(0, device=device))
+        return cls(torch.full((), length, device=device))
 
-    def take(self, count: int) -> None:
-        """Choose the next `count` slots to be written."""
+    def take(self, count: int) -> Tensor:
+        """Choose the next `count` slots to be written; return them."""
         self.written = self.start + torch.arange(count, device=self.start.device)
+        return self.written
 
 
 class BufferedLayer(DynamicLayer):
@@ -53,6 +54,7 @@ class BufferedLayer(DynamicLayer):
             self.keys, self.values = key_states[..., :0, :], value_states[..., :0, :]
             self._key_buffer, self._value_buffer = self.keys, self.values
         if self.slots is not None:
+            assert self.slots.written is not None
             self.keys.index_copy_(-2, self.slots.written, key_states)
             self.values.index_copy_(-2, self.slots.written, value_states)
             return self.keys, self.values
@@ -96,7 +98,7 @@ def buffered_cache(config: PretrainedConfig) -> DynamicCache:
 
 def holds_all(cache: DynamicCache) -> bool:
     """Tell whether every layer keeps all elements, so that a ready mask fits all of them."""
-    return all(isinstance(layer, BufferedLayer) for layer in cache.layers)
+    return len(fixable(cache)) == len(cache.layers)
 
 
 def fixable(cache: DynamicCache) -> list[BufferedLayer]:

@@ -158,8 +158,9 @@ def token_limits(audio: AudioConfig, config: GenerationConfig) -> tuple[int, int
         )
     if audio.guidance_distilled and config.is_guided(longest):
         raise ValueError(
-            "found guidance, but it is distilled into the head of this model, which has no other "
-            "branch; leave --guidance-scale and --guidance-weight out"
+            f"found a guidance scale of {config.scale_at(0, longest):g}, but guidance is distilled "
+            "into the head of this model, which has no other branch; use guidance_scale=1 and no "
+            "guidance_weight, as the folder's defaults do"
         )
     fewest = longest if config.seconds else min(tokens(config.min_seconds), longest)
     return fewest, longest
@@ -253,38 +254,42 @@ def audio_span(
     samplings = [config.sampling_at(index, longest) for index in range(first, longest)]
     asked = asked_targets(first, config.tokens_per_step, longest)
     graphed = GraphedStep.begin(rows, row_seeds, samplings, scales, asked)
-    while first < longest:
-        asked = asked_targets(first, config.tokens_per_step, longest)
-        following = asked_targets(asked.stop, config.tokens_per_step, longest)
-        # In models without an end, the last latent of a span predicts nothing.
-        if asked.stop == longest and not audio.config.end_of_audio:
-            following = range(0)
-        alive = []  # (R,) of each latent that some row goes on to
-        for number, index in enumerate(asked):
-            if index >= fewest and index % audio.config.tokens_per_column == 0:
-                noise = Noise(row_seeds, torch.full_like(row_seeds, index), audio.config.latent_dim)
-                cond = rows.states[0][:, number]
-                active = active & ~audio.ends(cond, noise, config.end_threshold)
-                if not bool(active.any()):
-                    break
-            alive.append(active)
-        if not alive:
-            break
-        drawn = asked[: len(alive)]
-        whole = len(drawn) == len(asked) == len(following) == config.tokens_per_step
-        if graphed is not None and not whole:
+    try:
+        while first < longest:
+            asked = asked_targets(first, config.tokens_per_step, longest)
+            following = asked_targets(asked.stop, config.tokens_per_step, longest)
+            # In models without an end, the last latent of a span predicts nothing.
+            if asked.stop == longest and not audio.config.end_of_audio:
+                following = range(0)
+            alive = []  # (R,) of each latent that some row goes on to
+            for number, index in enumerate(asked):
+                if index >= fewest and index % audio.config.tokens_per_column == 0:
+                    noise = Noise(
+                        row_seeds, torch.full_like(row_seeds, index), audio.config.latent_dim
+                    )
+                    cond = rows.states[0][:, number]
+                    active = active & ~audio.ends(cond, noise, config.end_threshold)
+                    if not bool(active.any()):
+                        break
+                alive.append(active)
+            if not alive:
+                break
+            drawn = asked[: len(alive)]
+            whole = len(drawn) == len(asked) == len(following) == config.tokens_per_step
+            if graphed is not None and not whole:
+                graphed.end()
+                graphed = None
+            sampling = config.sampling_over(drawn, scales)
+            # (R, k, D); a graph has fed them already
+            latents = graphed.take() if graphed else rows.draw(row_seeds, sampling, drawn)
+            for number, is_active in enumerate(alive):
+                yield DecodeStep(latents[:, number], is_active)
+            if len(drawn) < len(asked):
+                rows.feed_latents(latents, first, range(drawn.stop, drawn.stop + 1))
+                break
+            if graphed is None:
+                rows.feed_latents(latents, first, following)
+            first = asked.stop
+    finally:  # also where the caller stops half-way
+        if graphed is not None:
             graphed.end()
-            graphed = None
-        sampling = config.sampling_over(drawn, scales)
-        # (R, k, D); a graph has fed them already
-        latents = graphed.take() if graphed else rows.draw(row_seeds, sampling, drawn)
-        for number, is_active in enumerate(alive):
-            yield DecodeStep(latents[:, number], is_active)
-        if len(drawn) < len(asked):
-            rows.feed_latents(latents, first, range(drawn.stop, drawn.stop + 1))
-            break
-        if graphed is None:
-            rows.feed_latents(latents, first, following)
-        first = asked.stop
-    if graphed is not None:
-        graphed.end()

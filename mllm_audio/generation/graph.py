@@ -3,7 +3,9 @@
 Drawing a latent is thousands of small kernels, which a GPU runs faster than a host can launch
 them. All that a step reads or writes therefore stays where it is (`Rows.fix`), also what it counts
 by; the first step is run, the second captured, and the others replay it. Whether a span may end is
-read between steps.
+read between steps. A capture waits for the device, once a span, and from then on attention reads
+all the slots that the span may come to need. Spans whose latents take different numbers of steps,
+and backbones whose cache is not written in place, are decoded without.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -28,6 +31,7 @@ LEAST_STEPS = 3  # of a span that is worth it: one is run, one captured, one rep
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
 
 _allowed: ContextVar[bool] = ContextVar("allowed", default=True)
+_failed: set[torch.device] = set()  # where a step could not be captured
 
 
 @contextmanager
@@ -42,18 +46,34 @@ def without_graphs() -> Iterator[None]:
 
 def capture_on(device: torch.device) -> Capture | None:
     """Find what captures a function on this device, so that calling the result repeats it."""
-    if device.type != "cuda" or os.environ.get(SWITCH) == "0" or not _allowed.get():
+    if device.type != "cuda" or os.environ.get(SWITCH) == "0" or device in _failed:
         return None
-    return _cuda_graph
+    return partial(_cuda_graph, device) if _allowed.get() else None
 
 
-def _cuda_graph(step: Callable[[], None]) -> Callable[[], None]:
+@lru_cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Make the stream to capture on: one, as cuBLAS keeps memory for every stream it has seen."""
+    return torch.cuda.Stream(device)
+
+
+def _cuda_graph(device: torch.device, step: Callable[[], None]) -> Callable[[], None]:
     """Capture the kernels of `step`, which do not run yet."""
-    graph = torch.cuda.CUDAGraph()
-    # Other threads, which decode sound, may use the device meanwhile.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    graph, stream = torch.cuda.CUDAGraph(), _side_stream(device)
+    # The outer context chooses the device, and leaves the stream even where capturing fails; other
+    # threads, which decode sound, may use the device meanwhile.
+    with (
+        torch.cuda.stream(stream),
+        torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
+    ):
         step()
     return graph.replay
+
+
+def is_uniform(samplings: Sequence[SamplingConfig], count: int) -> bool:
+    """Tell whether these latents, `count` a step, are enough for a graph and drawn alike."""
+    kinds = {replace(sampling, guidance_scale=1.0) for sampling in samplings}
+    return len(kinds) == 1 and len(samplings) >= (LEAST_STEPS + 1) * count
 
 
 @dataclass
@@ -94,13 +114,11 @@ class GraphedStep:
             or latents that are drawn differently.
         """
         capture, count = capture_on(rows.hidden.device), len(asked)
-        kinds = {replace(sampling, guidance_scale=1.0) for sampling in samplings}
-        too_short = len(samplings) < (LEAST_STEPS + 1) * count
-        if capture is None or len(kinds) != 1 or too_short or not holds_all(rows.cache):
+        if capture is None or not is_uniform(samplings, count) or not holds_all(rows.cache):
             return None
         is_constant = len({sampling.guidance_scale for sampling in samplings}) == 1
         length = rows.positions.shape[1]
-        rows.fix(len(samplings) + count)
+        rows.fix(len(samplings))
         shape = (len(seeds), count, rows.model.audio.config.latent_dim)
         return cls(
             rows=rows,
@@ -137,15 +155,18 @@ class GraphedStep:
         self.latents.copy_(latents)
         self.first += count
 
-    def _captured(self) -> Callable[[], None]:
-        """Capture a step; where that fails, say so and go on without."""
+    def _captured(self) -> Callable[[], None] | None:
+        """Capture a step; where that fails, say so and never try again on this device."""
         try:
             return self.capture(self._step)
         except RuntimeError as error:
-            reason = str(error).strip().partition("\n")[0]
+            # What failed comes first; torch then fails to end the capture, and keeps its memory.
+            reason = str(error.__context__ or error).strip().partition("\n")[0]
+            _failed.add(self.first.device)
             warnings.warn(
                 f"a step of this model cannot be captured as a CUDA graph ({reason}), so decoding "
-                f"is slower; {SWITCH}=0 in the environment spares this attempt",
+                f"is slower and memory of the device may stay taken; {SWITCH}=0 in the "
+                "environment spares this attempt",
                 stacklevel=2,
             )
-            return self._step
+            return None

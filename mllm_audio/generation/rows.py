@@ -121,8 +121,7 @@ class Rows:
             padding = F.pad(self.mask, (0, copies), value=True)
             keys = torch.cat([self.positions, again], dim=1)
         else:
-            self.slots.take(length + copies)
-            keys = self.positions.index_copy_(1, self.slots.written, positions)
+            keys = self.positions.index_copy_(1, self.slots.take(length + copies), positions)
             start, padding = self.slots.start, self.mask
         # The mask is ready: transformers would read back whether there is padding, and wait for it.
         visible = windowed(
@@ -177,9 +176,7 @@ class Rows:
         asked, predicting = (asked, count) if len(asked) else (NEXT, count - 1)
         targets = audio.embed_targets(places[:predicting] + 1)  # (n or n - 1, H)
         embeds = embeds + F.pad(targets, (0, 0, 0, count - predicting))
-        self.feed(
-            embeds.to(self.model.backbone.dtype).repeat(copies, 1, 1), asked if len(asked) else NEXT
-        )
+        self.feed(embeds.to(self.model.backbone.dtype).repeat(copies, 1, 1), asked)
 
     def draw(self, seeds: Tensor, sampling: SamplingConfig, asked: range | Tensor) -> Tensor:
         """Draw the latents that were asked for, (R, k, D), with noise by (R,) seeds and positions.

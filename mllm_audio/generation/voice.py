@@ -60,7 +60,7 @@ class Voice:
             base: where an adapter's base model is now, if it moved.
             merge: false leaves an adapter beside its base model.
             conditioner: spec of the conditioner, if its folders moved.
-            dtype: of the weights to decode with, see `precision.cast`.
+            dtype: of the weights to decode with, see `precision.cast` and `cast_decoder`.
 
         Raises:
             ValueError: if the folder is no such checkpoint, or its audio tokenizer is not the one
@@ -231,9 +231,9 @@ class Voice:
             open_span=continue_final_message and isinstance(row[-1], Audio),
         )
         events, tokenizer = reply.events(), self.audio_tokenizer
-        if stream_audio is False:
+        if not stream_audio:
             return tell_whole_spans(events, tokenizer, partial(self.to_clip, config=config))
-        streaming = AS_RECOMMENDED if stream_audio is True else stream_audio
+        streaming = stream_audio if isinstance(stream_audio, StreamConfig) else AS_RECOMMENDED
         return tell_audio(events, tokenizer, config.seconds, streaming)
 
     def reply(

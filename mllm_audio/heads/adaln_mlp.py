@@ -19,7 +19,7 @@ from mllm_audio.diffusion.samplers import Predict, guided
 
 NUM_SINUSOIDS = 256  # channels of the timestep code: cosines, then sines
 MAX_PERIOD = 10_000  # of the slowest sinusoid, in timesteps, over 2 pi
-FEW_ROWS = {"AVX512": (1, 2, 3, 4)}  # that a CPU multiplies as columns, others 2 and 3
+FEW_ROWS = {"AVX512": (1, 2, 3, 4), "": (2, 3)}  # multiplied as columns by a CPU, any other
 MODULATED_ROWS = 256  # modulated at once while sampling, which bounds what that holds
 
 
@@ -41,7 +41,7 @@ def project(linear: nn.Module, rows: Tensor) -> Tensor:
     if rows.device.type == "cpu" and type(linear) is nn.Linear and not torch.is_grad_enabled():
         cpu = get_cpu_capability()
         is_float = rows.dtype == linear.weight.dtype == torch.float32
-        if is_float and rows.dim() == 2 and len(rows) in FEW_ROWS.get(cpu, (2, 3)):
+        if is_float and rows.dim() == 2 and len(rows) in FEW_ROWS.get(cpu, FEW_ROWS[""]):
             twice = rows.repeat(2, 1) if len(rows) == 1 else rows
             columns = torch.addmm(linear.bias[:, None], linear.weight, twice.t())  # (O, R)
             return columns.t()[: len(rows)].contiguous()

@@ -20,6 +20,7 @@ class Served:
     max_positions: int  # text, prompt and audio of a request together
     values_per_token: int  # keys and values of all layers, for one position
     conditioner: str | None  # spec, of models that are prompted by embeddings
+    has_twin: bool = True  # false where guidance is distilled into the head
 
 
 def check_checkpoint(folder: Path, conditioner: str | None = None) -> Served:
@@ -63,6 +64,7 @@ def check_checkpoint(folder: Path, conditioner: str | None = None) -> Served:
         max_positions=max_positions,
         values_per_token=values_per_token,
         conditioner=_check_conditioner(folder, audio, conditioner),
+        has_twin=not audio.guidance_distilled,
     )
 
 

@@ -223,7 +223,7 @@ def plan_launch(config: ServeConfig, served: Served, vllm: VLLM) -> Launch:
 def _settings(config: ServeConfig, served: Served) -> str:
     """Write what the plugin itself is told, which vLLM passes on."""
     ours = {
-        "guidance": config.guidance,
+        "guidance": config.guidance and served.has_twin,
         "conditioner": served.conditioner,
         "max_body_mib": config.max_body_mib,
         "history_mib": config.history_mib,
@@ -261,6 +261,6 @@ def _cpu_cache(config: ServeConfig, served: Served, dtype: str, length: int) -> 
         served,
         tokens=config.max_num_seqs * length,
         value_bytes=4 if dtype == "float32" else 2,
-        guidance=config.guidance,
+        guidance=config.guidance and served.has_twin,
         most=max(1, memory // 2 // GIB),
     )

@@ -108,7 +108,8 @@ class DCTTokenizer:
         """Begin to decode latents that arrive in time.
 
         The samples are those of `decode` of as many rows, bit for bit, unless `look_ahead` is
-        another than the tokenizer's own.
+        another than the tokenizer's own. A chunk is what is waited for: its samples lag behind by
+        the look-ahead.
         """
         return DCTDecoder(self, config)
 
