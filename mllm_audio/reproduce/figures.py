@@ -19,6 +19,7 @@ from mllm_audio.files import write_atomic
 
 WIDTH, HEIGHT = 640, 420
 LEFT, RIGHT, TOP, BOTTOM = 80, 20, 40, 55  # margins
+LETTER = 7  # width of one, about
 NUM_TICKS = 6  # of an axis, about
 COLOURS = ("#1f6feb", "#d1242f", "#1a7f37", "#9a6700", "#8250df", "#bf3989")
 
@@ -98,8 +99,8 @@ def chart(
         if joined:
             path = " ".join(f"{x:.1f},{y:.1f}" for x, y in spots)
             parts.append(f'<polyline fill="none" stroke="{colour}" points="{path}"/>')
-            place = WIDTH - RIGHT - 80 * (len(lines) - 1 - number)
-            parts.append(_text(place, TOP - 12, name, colour, "end"))
+            behind = sum(LETTER * len(other) + 20 for other in list(lines)[number + 1 :])
+            parts.append(_text(WIDTH - RIGHT - behind, TOP - 26, name, colour, "end"))
         for (x, y), point in zip(spots, line, strict=True):
             parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>')
             side, anchor = (-7, "end") if x > WIDTH / 2 else (7, "start")
