@@ -405,6 +405,7 @@ def test_vae_and_vocoder_are_told_apart(tmp_path, small_audioldm, dtype):
     parts = [figures[f"{part}.seconds"] for part in ("vae", "vocoder", "other")]
     assert min(parts) > 0 and sum(parts) == pytest.approx(figures["seconds"])
     assert "vocoder" in output
+    assert 0 < figures.get("error", 0.01) < 0.1 and ("error" in figures) == (dtype == "bfloat16")
 
 
 def test_generating_through_audioldm_tells_its_networks_apart(tmp_path, small_audioldm):

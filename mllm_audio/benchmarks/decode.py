@@ -134,8 +134,12 @@ def bench_decode(config: DecodeConfig, threads: int, check: Check) -> tuple[Repo
     latents = random_latents(tokenizer, config.seconds, config.batch_size).to(device)
     duration = latents.shape[1] / tokenizer.tokens_per_column * tokenizer.samples_per_column
     duration /= tokenizer.sample_rate
+    narrow = config.dtype != "float32"
+    exact = tokenizer.decode(latents) if narrow else None
     tokenizer.decode_in(getattr(torch, config.dtype))
     figures = _measure(tokenizer, latents, config)
+    if exact is not None:
+        figures["error"] = float((tokenizer.decode(latents) - exact).norm() / exact.norm())
     if config.stream:
         figures |= _measure_stream(tokenizer, latents, config, duration)
     figures["rtf"] = figures["seconds"] / duration
@@ -201,6 +205,8 @@ def _lines(report: Report, names: tuple[str, ...], duration: float) -> list[str]
         f"rtf       {figures['rtf']:.3f}: {figures['seconds']:.3f} s for {duration:g} s of sound, "
         f"{figures['audio_seconds_per_second']:.2f} s of sound a second"
     )
+    if "error" in figures:
+        lines.append(f"error     {figures['error']:.1e} of the samples' norm, against float32")
     if "stream.rtf" in figures:
         lines.append(
             f"stream    rtf {figures['stream.rtf']:.3f} a column at a time; first sound after "
