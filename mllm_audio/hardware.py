@@ -15,11 +15,12 @@ from mllm_audio.config import nearest
 
 @dataclass(frozen=True, kw_only=True)
 class GPU:
-    """What one GPU does at most; bandwidths count one direction."""
+    """What one GPU does at most; bandwidths between GPUs count one direction."""
 
     words: tuple[str, ...]  # of the name that its driver reports
     bf16_tflops: float  # dense: data sheets that print sparsity print twice this
     memory_gb: float  # 1e9 bytes
+    memory_gb_s: float
     node_gb_s: float  # to a GPU of the same node: NVLink, else PCIe
     network_gb_s: float  # to other nodes, for each GPU: an assumption about the cluster
     source: str
@@ -37,6 +38,7 @@ GPUS: dict[str, GPU] = {
         words=("A100", "40GB"),
         bf16_tflops=312,
         memory_gb=40,
+        memory_gb_s=1555,
         node_gb_s=300,
         network_gb_s=25,
         source=f"NVIDIA A100 data sheet; {_DGX.format('A100')}",
@@ -45,6 +47,7 @@ GPUS: dict[str, GPU] = {
         words=("A100", "80GB"),
         bf16_tflops=312,
         memory_gb=80,
+        memory_gb_s=2039,
         node_gb_s=300,
         network_gb_s=25,
         source=f"NVIDIA A100 data sheet; {_DGX.format('A100')}",
@@ -53,6 +56,7 @@ GPUS: dict[str, GPU] = {
         words=("H100",),
         bf16_tflops=989,
         memory_gb=80,
+        memory_gb_s=3350,
         node_gb_s=450,
         network_gb_s=50,
         source=f"NVIDIA H100 data sheet, SXM; {_DGX.format('H100')}",
@@ -61,6 +65,7 @@ GPUS: dict[str, GPU] = {
         words=("H100", "PCIE"),
         bf16_tflops=756,
         memory_gb=80,
+        memory_gb_s=2000,
         node_gb_s=64,
         network_gb_s=12.5,
         source=f"NVIDIA H100 data sheet, PCIe; {_NETWORK}",
@@ -69,6 +74,7 @@ GPUS: dict[str, GPU] = {
         words=("H100", "NVL"),
         bf16_tflops=835,
         memory_gb=94,
+        memory_gb_s=3900,
         node_gb_s=64,
         network_gb_s=12.5,
         source=f"NVIDIA H100 data sheet, NVL, PCIe beyond a pair; {_NETWORK}",
@@ -77,6 +83,7 @@ GPUS: dict[str, GPU] = {
         words=("H200",),
         bf16_tflops=989,
         memory_gb=141,
+        memory_gb_s=4800,
         node_gb_s=450,
         network_gb_s=50,
         source=f"NVIDIA H200 data sheet, SXM; {_DGX.format('H200')}",
@@ -85,6 +92,7 @@ GPUS: dict[str, GPU] = {
         words=("B200",),
         bf16_tflops=2250,
         memory_gb=180,
+        memory_gb_s=8000,
         node_gb_s=900,
         network_gb_s=50,
         source=f"NVIDIA HGX B200 data sheet; {_DGX.format('B200')}",
@@ -93,6 +101,7 @@ GPUS: dict[str, GPU] = {
         words=("L40S",),
         bf16_tflops=362,
         memory_gb=48,
+        memory_gb_s=864,
         node_gb_s=32,
         network_gb_s=12.5,
         source=f"NVIDIA L40S data sheet, PCIe; {_NETWORK}",
@@ -101,6 +110,7 @@ GPUS: dict[str, GPU] = {
         words=("L4",),
         bf16_tflops=121,
         memory_gb=24,
+        memory_gb_s=300,
         node_gb_s=32,
         network_gb_s=12.5,
         source=f"NVIDIA L4 data sheet, PCIe; {_NETWORK}",

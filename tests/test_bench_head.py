@@ -11,6 +11,7 @@ from conftest import test_run_config
 
 from mllm_audio import presets
 from mllm_audio.benchmarks import head as bench
+from mllm_audio.benchmarks import reads
 from mllm_audio.benchmarks.report import Report
 from mllm_audio.cli import cli
 from mllm_audio.heads import adaln_mlp
@@ -77,7 +78,7 @@ def test_the_plain_way_runs_the_whole_network_on_both_branches_at_every_step():
 def test_bytes_are_those_of_the_weights_that_are_used(monkeypatch, steps, batch):
     """Counted by what a chain multiplies by, as often as it does."""
     monkeypatch.setattr(adaln_mlp, "MODULATED_ROWS", 64)
-    monkeypatch.setattr(bench, "MODULATED_ROWS", 64)
+    monkeypatch.setattr(reads, "MODULATED_ROWS", 64)
     head, read = bench._random_head("small_ddpm"), []
     for module in head.modules():
         if isinstance(module, torch.nn.Linear | torch.nn.LayerNorm):
@@ -92,7 +93,8 @@ def test_bytes_are_those_of_the_weights_that_are_used(monkeypatch, steps, batch)
             with monkeypatch.context() as patch:  # every product through its module, and its hook
                 patch.setattr(adaln_mlp, "project", lambda linear, rows: linear(rows))
                 sample(head, question, steps)
-        assert sum(read) == bench.bytes_read(head, steps, 2 * batch, whole)
+        plain = bench.plain_bytes(head.network, steps)
+        assert sum(read) == (plain if whole else reads.chain_bytes(head.network, steps, 2 * batch))
 
 
 def test_the_random_head_has_no_layer_at_zero_and_leaves_the_generator_alone():

@@ -16,7 +16,16 @@ from click.testing import CliRunner
 from conftest import test_run_config
 
 from mllm_audio import presets
-from mllm_audio.benchmarks import decode, generate, generate_config, lengths, subject, timing, train
+from mllm_audio.benchmarks import (
+    decode,
+    generate,
+    generate_config,
+    lengths,
+    reads,
+    subject,
+    timing,
+    train,
+)
 from mllm_audio.benchmarks.baseline import check_comparable, compare, comparison_lines
 from mllm_audio.benchmarks.report import Header, Machine, Report
 from mllm_audio.benchmarks.session import SessionConfig, run_session
@@ -605,3 +614,26 @@ def test_where_steps_are_graphs_parts_are_timed_without_and_clips_with_one(tmp_p
     assert figures["seconds"] == pytest.approx(figures["span.seconds"] + figures["decode.seconds"])
     assert figures["watched.seconds"] != figures["seconds"]
     assert figures["backbone.seconds"] > 0
+
+
+@pytest.mark.parametrize("gpu", [None, "NVIDIA H200"])
+def test_what_decoding_reads_and_its_floor(tiny_subject, gpu, monkeypatch):
+    model = tiny_subject.voice.model
+    config = replace(tiny_subject.voice.defaults, num_inference_steps=5, tokens_per_step=4)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: gpu or "unknown")
+    found = reads.Reads.of(model, config, rows=3, num_tokens=16)
+    width = model.backbone.config.hidden_size
+    layers = model.backbone.config.num_hidden_layers
+    matrices = layers * (12 * width**2 + 13 * width)  # GPT-2's block, biases and norms included
+    branches = 2 if config.is_guided(16) else 1
+    assert found.step == 4 * (matrices + 2 * layers * width * 8 * 3 * branches)
+    assert found.chain == reads.chain_bytes(model.audio.head.network, 5, 12 * branches)
+    parts = {"backbone.ms": 2.0, "backbone.calls": 4, "head.ms": 4.0, "head.calls": 4}
+    figures = found.figures({**parts, "span.seconds": 0.5}, torch.device("cuda"))
+    assert figures["backbone.read_gb_s"] == pytest.approx(found.step / 1e9 / 2e-3)
+    assert ("floor.seconds" in figures) == (gpu is not None)
+    if gpu is not None:
+        seconds = 4 * (found.step + found.chain) / 4.8e12
+        assert figures["floor.seconds"] == pytest.approx(seconds)
+        assert figures["floor.ratio"] == pytest.approx(0.5 / seconds)
+        assert "times as long" in reads.read_lines(figures)[1]

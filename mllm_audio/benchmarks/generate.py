@@ -15,6 +15,7 @@ from mllm_audio.audiomar import AudioMAR, decode_order
 from mllm_audio.benchmarks.decode import networks, random_latents, watching
 from mllm_audio.benchmarks.generate_config import GenerateConfig, listed_settings
 from mllm_audio.benchmarks.lengths import length_figures, length_lines
+from mllm_audio.benchmarks.reads import Reads, read_lines
 from mllm_audio.benchmarks.report import Check, Header, Machine, Report, part_figures, part_lines
 from mllm_audio.benchmarks.subject import Subject, prompt_part
 from mllm_audio.benchmarks.timing import Stopwatch, forget_peak, middle, peak_memory
@@ -23,6 +24,7 @@ from mllm_audio.generation.decode import GenerationConfig, decode, token_limits
 from mllm_audio.generation.graph import capture_on, is_uniform, without_graphs
 from mllm_audio.generation.precision import cast, cast_decoder
 from mllm_audio.generation.voice import Voice
+from mllm_audio.model import AudioLanguageModel
 from mllm_audio.text import SpecialIds
 
 WARM_COLUMNS = 2  # decoded before anything is measured
@@ -119,6 +121,9 @@ def bench_generate(
     figures["latents_per_second"] = task.rows * num_tokens / figures["span.seconds"]
     if task.config.is_guided(num_tokens):
         figures |= _guidance_figures(task)
+    if isinstance(voice.model, AudioLanguageModel):
+        reads = Reads.of(voice.model, task.config, task.rows, num_tokens)
+        figures |= reads.figures(figures, voice.model.device)
     if config.lengths:
         part = prompt_part(voice)
         figures |= length_figures(voice, part, task.config, task.rows, config.lengths)
@@ -223,5 +228,7 @@ def _lines(report: Report, subject: Subject, lengths: tuple[float, ...]) -> list
             f"{figures['guidance.backbone_share']:.0%} of the backbone, "
             f"{figures['guidance.head_share']:.0%} of the head"
         )
+    if "head.read_bytes" in figures:
+        lines += read_lines(figures)
     lines.append(f"memory    {figures['peak.bytes'] / 2**30:.2f} GiB at the peak")
     return lines + (length_lines(figures, lengths) if lengths else [])

@@ -8,16 +8,16 @@ does at every step, and both ways share the arithmetic of the chain and its nois
 from __future__ import annotations
 
 import copy
-import math
 import time
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
+from mllm_audio.benchmarks.reads import chain_bytes, weight_bytes
 from mllm_audio.benchmarks.report import Check, Header, Machine, Report
 from mllm_audio.benchmarks.subject import fill_zeros, known_preset
 from mllm_audio.benchmarks.timing import Stopwatch
@@ -26,7 +26,7 @@ from mllm_audio.data.dataset import seeded
 from mllm_audio.diffusion.noise import Noise
 from mllm_audio.diffusion.samplers import ddpm
 from mllm_audio.generation.precision import check_dtype, convert
-from mllm_audio.heads.adaln_mlp import MODULATED_ROWS, AdaLNMLP
+from mllm_audio.heads.adaln_mlp import AdaLNMLP
 from mllm_audio.heads.base import SamplingConfig
 from mllm_audio.heads.ddpm import DDPMHead
 from mllm_audio.model import default_device
@@ -101,31 +101,10 @@ def our_sample(head: DDPMHead, question: Question, num_inference_steps: int) -> 
     return head.sample(condition, unconditional, config, question.noise)
 
 
-def bytes_read(head: DDPMHead, num_inference_steps: int, rows: int, whole: bool) -> int:
-    """Count the bytes of weights that one chain reads.
-
-    Args:
-        head: whose weights.
-        num_inference_steps: K.
-        rows: R', of both branches together.
-        whole: by the plain way, all at every step but the condition's; else modulations once for
-            every `MODULATED_ROWS`, the timestep embedding once, and the rest at every step.
-    """
-    network = head.network
-    everything, once = _bytes(network), _bytes(network.condition_projection)
-    if whole:
-        return once + num_inference_steps * (everything - once)
-    layers = [*network.blocks, network.output]
-    modulations = sum(_bytes(layer.modulation) for layer in layers)
-    once += _bytes(network.timestep_embedding)
-    chunks = math.ceil(num_inference_steps / max(1, MODULATED_ROWS // rows))
-    every_step = everything - once - modulations
-    return once + chunks * modulations + num_inference_steps * every_step
-
-
-def _bytes(module: nn.Module) -> int:
-    """Add up what the weights of a module take."""
-    return sum(tensor.nbytes for tensor in module.state_dict().values())
+def plain_bytes(network: AdaLNMLP, num_inference_steps: int) -> int:
+    """Count the bytes of weights that the plain way reads: all each step but the condition's."""
+    once = weight_bytes(network.condition_projection)
+    return once + num_inference_steps * (weight_bytes(network) - once)
 
 
 @torch.inference_mode()
@@ -171,13 +150,17 @@ def bench_head(
         difference = found["ours"] - found["plain"]
         errors.append(float(difference.norm() / found["plain"].norm()))
     figures: dict[str, float] = {}
+    reads = {
+        "plain": plain_bytes(plain.network, steps),
+        "ours": chain_bytes(ours.network, steps, 2 * config.batch_size),
+    }
     for name, head in (("plain", plain), ("ours", ours)):
-        read = bytes_read(head, steps, 2 * config.batch_size, whole=name == "plain")
+        read = reads[name]
         figures[f"{name}.ms"] = 1e3 * watch.typical(name)
         figures[f"{name}.cpu_ms"] = 1e3 * median(cpu[name])
         figures[f"{name}.read_bytes"] = read
         figures[f"{name}.read_gb_s"] = read / 1e9 / watch.typical(name)
-        figures[f"{name}.weights_bytes"] = _bytes(head)
+        figures[f"{name}.weights_bytes"] = weight_bytes(head)
     figures["speedup.ratio"] = figures["plain.ms"] / figures["ours.ms"]
     figures["speedup.cpu_ratio"] = figures["plain.cpu_ms"] / figures["ours.cpu_ms"]
     figures["error.ratio"] = max(errors)

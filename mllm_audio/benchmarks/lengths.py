@@ -12,6 +12,7 @@ import torch
 
 from mllm_audio.audiomar import AudioMAR
 from mllm_audio.backbone import blocks
+from mllm_audio.benchmarks.reads import weight_bytes
 from mllm_audio.benchmarks.timing import Stopwatch
 from mllm_audio.data.dataset import seeded
 from mllm_audio.data.layout import Audio, Prompt, Text, collate
@@ -53,8 +54,7 @@ def length_figures(
         raise ValueError(
             "found --lengths with an AudioMAR, which has no cache; leave --lengths out"
         )
-    # Int8 weights are buffers.
-    weights = sum(t.nbytes for t in blocks(voice.decoder.backbone).state_dict().values())
+    weights = weight_bytes(blocks(voice.decoder.backbone))
     figures: dict[str, float] = {}
     for seconds in lengths:
         timed = replace(config, seconds=seconds)
