@@ -15,14 +15,18 @@ LARGEST = 127  # of a weight; -128 is not used
 # Up to here the kernel for int8 weights, which reads them as they are, is faster than to widen them
 # and multiply in float32. Measured on AVX2.
 MOST_PACKED_ROWS = 16
+# The kernel reads so many inputs at a time (AVX-512; AVX2 half of it), also beyond the last of a
+# matrix whose width is no multiple: what lies there is no number, or no memory.
+PACKED_INPUTS = 16
 
 
 class Int8Linear(nn.Module):
     """A linear map with int8 weights.
 
     With scales s_o = max_i |W_oi| / 127, output o of (I,) inputs x is off by at most
-    s_o / 2 * sum |x_i|; up to `MOST_PACKED_ROWS` rows on a CPU inputs and products are rounded to
-    bfloat16 besides, by at most 2^-8 of sum |W_oi x_i|, s_o / 2 * sum |x_i| included, each.
+    s_o / 2 * sum |x_i|; up to `MOST_PACKED_ROWS` rows on a CPU, of a multiple of `PACKED_INPUTS`
+    inputs, these and products are rounded to bfloat16 besides, by at most 2^-8 of
+    sum |W_oi x_i|, s_o / 2 * sum |x_i| included, each.
     """
 
     weight: Tensor  # (O, I) int8
@@ -49,7 +53,8 @@ class Int8Linear(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         """Map (..., I) to (..., O) float32."""
         rows = inputs.reshape(-1, inputs.shape[-1])  # (R, I)
-        if rows.device.type == "cpu" and 0 < len(rows) <= MOST_PACKED_ROWS:
+        is_few = rows.device.type == "cpu" and 0 < len(rows) <= MOST_PACKED_ROWS
+        if is_few and rows.shape[1] % PACKED_INPUTS == 0:
             products = torch._weight_int8pack_mm(rows.bfloat16(), self.weight, self.ones)
         else:
             products = F.linear(rows.float(), self.weight.float())

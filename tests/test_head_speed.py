@@ -197,11 +197,24 @@ def test_few_rows_and_many_give_the_same_int8_products():
     assert linear(inputs[:0]).shape == (0, 40)
 
 
-def test_a_row_of_zeros_stays_zero_in_int8():
-    linear = nn.Linear(8, 4)
+@pytest.mark.parametrize("width", [1, 8, 24, 40, 100])
+def test_the_int8_kernel_is_not_given_what_it_reads_beyond(width, monkeypatch):
+    """It reads 16 inputs at a time, so numbers behind a matrix would show, or end the process."""
+    kernel = torch._weight_int8pack_mm
+    monkeypatch.setattr(torch, "_weight_int8pack_mm", lambda *_: pytest.fail("is called"))
+    linear, inputs = nn.Linear(width, 5), torch.randn(3, width)
+    torch.testing.assert_close(Int8Linear(linear)(inputs), linear(inputs), rtol=0.05, atol=0.05)
+    called = []
+    monkeypatch.setattr(torch, "_weight_int8pack_mm", lambda *a: called.append(a) or kernel(*a))
+    assert Int8Linear(nn.Linear(48, 5))(torch.randn(3, 48)).isfinite().all() and called
+
+
+@pytest.mark.parametrize("width", [8, 32])
+def test_a_row_of_zeros_stays_zero_in_int8(width):
+    linear = nn.Linear(width, 4)
     with torch.no_grad():
         linear.weight[1] = 0
-    found = Int8Linear(linear)(torch.randn(3, 8))
+    found = Int8Linear(linear)(torch.randn(3, width))
     assert found.isfinite().all() and torch.equal(found[:, 1], linear.bias[1].expand(3))
 
 
