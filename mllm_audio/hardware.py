@@ -20,7 +20,7 @@ class GPU:
     words: tuple[str, ...]  # of the name that its driver reports
     bf16_tflops: float  # dense: data sheets that print sparsity print twice this
     memory_gb: float  # 1e9 bytes
-    memory_gb_s: float
+    memory_gb_s: float  # at which that is read
     node_gb_s: float  # to a GPU of the same node: NVLink, else PCIe
     network_gb_s: float  # to other nodes, for each GPU: an assumption about the cluster
     source: str

@@ -251,9 +251,24 @@ def test_a_seam_is_faded():
         ({"look_ahead": -1}, "stream.look_ahead=-1"),
     ],
 )
-def test_windows_without_a_chunk_are_refused(settings, message):
+def test_streams_without_a_chunk_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         StreamConfig(**settings)
+
+
+@pytest.mark.parametrize("settings", [(0, 4, 1), (1, -1, 1), (1, 4, -1)])
+def test_so_are_windows_made_by_hand(audioldm, settings):
+    chunk, context, ahead = settings
+    with pytest.raises(ValueError, match=f"chunk_columns={chunk}, .*look_ahead={ahead}"):
+        WindowedDecoder(
+            audioldm.decode,
+            tokens_per_column=TOKENS,
+            samples_per_column=COLUMN,
+            sample_rate=16_000,
+            chunk_columns=chunk,
+            context=context,
+            look_ahead=ahead,
+        )
 
 
 @pytest.mark.parametrize("chunk_columns", [1, 3, 4])

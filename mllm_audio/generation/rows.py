@@ -149,7 +149,7 @@ class Rows:
         `<|audio_start|>` is `asked` for the first latents.
         """
         is_text = token not in (self.special.audio_start, self.special.audio_end)
-        last = self.positions[:, -1:]
+        last = self.last
         is_null = torch.zeros_like(last, dtype=torch.bool)
         if self.guided and is_text:
             is_null.chunk(2)[1].fill_(True)
